@@ -1,0 +1,623 @@
+"""Every knob of a run: frozen dataclasses, presets, and the checks between fields.
+
+Standard library only, so that `--help` and every refusal of a bad config come without JAX.
+`None` means absent, 0 means zero. The comment of a field is its help on the command line.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import reprlib
+import runpy
+import traceback
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A config that cannot run: for each violation what was given, what is allowed, what to do."""
+
+
+class Range(NamedTuple):
+    """The values that a number may have, both ends included."""
+
+    least: float
+    most: float
+
+
+# Counts fit the int32 in which devices count.
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Whole = Annotated[int, Range(0, 2**31 - 1)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
+NotNegative = Annotated[float, Range(0.0, 1e30)]
+Share = Annotated[float, Range(0.0, 0.9999999)]  # a part, never the whole
+Probability = Annotated[float, Range(1e-30, 1.0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The model."""
+
+    vocab_size: Count | None = None  # ids of the tokenizer; None: as many as it has
+    # rows of the embedding are a multiple of this; those past vocab_size are never predicted
+    vocab_multiple: Count = 64
+    context_size: Count = 1024  # tokens that a row holds
+    num_layers: Count = 12  # blocks
+    width: Count = 768  # width of the residual stream
+    num_heads: Count = 12  # query heads
+    num_kv_heads: Count | None = None  # key/value heads; None: as many as query heads
+    head_size: Count | None = None  # None: width / num_heads
+    # None: 4 x width; for swiglu 8/3 x width, rounded up to a multiple of 64
+    ffn_size: Count | None = None
+    positions: Literal["learned", "rope"] = "learned"  # how a token knows its place
+    rope_base: Positive = 10_000.0  # longest wavelength of RoPE over 2 pi, in tokens
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, feed-forward and head
+    norm_epsilon: Positive = 1e-5  # added to the variance
+    activation: Literal["gelu", "swiglu"] = "gelu"  # gelu is its tanh approximation, as in GPT-2
+    bias: bool = True  # in linear layers and LayerNorm
+    tied_embedding: bool = True  # the unembedding is the embedding
+    # share of embeddings, attention outputs and feed-forward outputs set to zero in training
+    dropout: Share = 0.0
+    # positions that a banded layer sees, its own included; None: no layer is banded
+    window: Count | None = None
+    window_every: Count = 1  # 1: every layer is banded; 2: every second one, as in GPT-3
+    # standard deviation of initial weights; of those that write to the residual stream,
+    # this / sqrt(2 x num_layers)
+    initial_scale: Positive = 0.02
+    # auto: float32 on a CPU, bfloat16 elsewhere; parameters are float32 in any case
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # auto: the fastest that is right for the device
+    attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
+    # of each block, what is kept for the backward pass: all, matrix products, or only its input
+    remat: Literal["none", "dots", "full"] = "dots"
+    # positions of a row whose logits exist at once; None: as many as 128 MiB a device hold
+    loss_piece: Count | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The length of each parameter dimension, by letter; V includes the padding."""
+        if self.vocab_size is None:
+            raise ConfigError("model.vocab_size is None: give it, or take it from a tokenizer")
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        return {
+            "D": self.width,
+            "N": self.num_heads,
+            "K": num_kv_heads,
+            "G": self.num_heads // num_kv_heads,
+            "H": self.head_size or self.width // self.num_heads,
+            "F": self.ffn_size or default_ffn_size(self.width, self.activation),
+            "V": _round_up(self.vocab_size, self.vocab_multiple),
+            "L": self.num_layers,
+            "P": self.context_size,
+        }
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer of one period; the pattern repeats over the stack."""
+        return (None,) * (self.window_every - 1) + (self.window,) if self.window else (None,)
+
+
+def default_ffn_size(width: int, activation: str) -> int:
+    """GPT-2's, and for SwiGLU one with as many parameters (Shazeer 2020, section 3)."""
+    return _round_up(math.ceil(8 * width / 3), 64) if activation == "swiglu" else 4 * width
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows."""
+
+    # files, folders, globs (.gz is opened), or FILE.py:function that yields documents
+    path: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()  # globs; files whose path matches one are left out
+    valid_path: tuple[str, ...] = ()  # as path, for validation; without it `holdout` decides
+    # share kept for validation: whole documents, or the tail of a single one
+    holdout: Share = 0.1
+    tokenizer: Literal["bytes"] = "bytes"  # bytes: 256 bytes, end of text, padding
+    store_dir: str = "stores"  # token stores are built under it, and found again
+    shuffle: bool = True  # another order of rows in every epoch; otherwise the order of the text
+    prefetch: Whole = 4  # batches made ahead of the step, off the main thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate (Loshchilov and Hutter 2019, algorithm 2)."""
+
+    learning_rate: NotNegative = 6e-4  # at its highest
+    final_learning_rate: NotNegative | None = None  # after the decay; None: learning_rate / 10
+    # form of the decay; constant: learning_rate until decay_steps before the end, then linear
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Whole = 0  # the rate grows from 0 to learning_rate over these steps
+    # steps of decay; None: all after the warm-up, for constant a fifth of them
+    decay_steps: Whole | None = None
+    final_steps: Whole = 0  # steps at final_learning_rate, after the decay
+    beta1: Share = 0.9  # of the mean of gradients, a step
+    beta2: Share = 0.95  # of the mean of their squares, a step
+    epsilon: Positive = 1e-8  # added to the root of that mean
+    weight_decay: NotNegative = 0.1  # of matrices and embeddings; not of biases and norm scales
+    clip_norm: Positive | None = 1.0  # gradients are scaled down to this global norm; None: never
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices lie along each axis of the mesh."""
+
+    # copies of the model, each with rows of its own; None: all devices that the others leave
+    data: Count | None = None
+    fsdp: Count = 1  # rows as data; parameters and optimizer state split by width
+    tensor: Count = 1  # heads, feed-forward and vocabulary split
+    context: Count = 1  # positions of a row split
+    pipe: Count = 1  # layers split into stages
+    # groups of devices joined by a slower network; None: as the hardware says
+    slices: Count | None = None
+    across: Literal["data", "fsdp", "pipe"] = "data"  # the axis that crosses that network
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What a finished run prints."""
+
+    prompt: str = ""  # empty: the model begins a document
+    max_tokens: Whole = 200  # 0: no sample
+    temperature: NotNegative = 0.8  # 0: always the likeliest token
+    top_k: Count | None = None  # choose among the k likeliest
+    top_p: Probability | None = None  # among the likeliest that have this probability together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run. An experiment file returns one from `config()`."""
+
+    name: str = "gpt"  # the run directory is runs/NAME unless --run-dir says otherwise
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    steps: Count = 1000  # updates of the parameters
+    batch_size: Count = 8  # rows of a step, over all devices and accumulated parts
+    accumulate: Count = 1  # parts that a batch is computed in, one after the other
+    seed: Whole = 0  # of parameters, order of rows and dropout
+    log_every: Count = 10  # steps between lines of metrics.jsonl
+    eval_every: Count | None = 250  # steps between evaluations; None: only after the last step
+    eval_batches: Count | None = None  # of an evaluation; None: the whole validation split
+    save_every: Count | None = 1000  # steps between checkpoints; None: only after the last step
+    keep_last: Count = 2  # checkpoints kept: the newest ones
+    keep_every: Count | None = None  # and those whose step is a multiple of this
+    # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
+    max_nonfinite: Count = 5
+    tensorboard: bool = True  # write TensorBoard event files beside metrics.jsonl
+
+
+# --- presets -----------------------------------------------------------------------------------
+
+GPT2_VOCAB_SIZE = 50257
+
+# Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
+GPT2 = {
+    name: GPTConfig(
+        vocab_size=GPT2_VOCAB_SIZE,
+        context_size=1024,
+        num_layers=layers,
+        width=width,
+        num_heads=heads,
+    )
+    for name, layers, width, heads in [
+        ("small", 12, 768, 12),
+        ("medium", 24, 1024, 16),
+        ("large", 36, 1280, 20),
+        ("xl", 48, 1600, 25),
+    ]
+}
+
+# Brown et al. 2020, "Language Models are Few-Shot Learners", table 2.1, context 2,048, dense and
+# locally banded layers in turn (section 2.1). Two entries of the table contradict the sizes it
+# states: XL's 24 heads of 128 (16 give 2,048 and 1.3B parameters) and 13B's width 5,140 (40 heads
+# of 128 give 5,120). The paper does not say how wide the band is; 256 is GPT-Neo's.
+GPT3 = {
+    name: GPTConfig(
+        vocab_size=GPT2_VOCAB_SIZE,
+        context_size=2048,
+        num_layers=layers,
+        width=width,
+        num_heads=heads,
+        window=256,
+        window_every=2,
+    )
+    for name, layers, width, heads in [
+        ("small", 12, 768, 12),
+        ("medium", 24, 1024, 16),
+        ("large", 24, 1536, 16),
+        ("xl", 24, 2048, 16),
+        ("2.7b", 32, 2560, 32),
+        ("6.7b", 32, 4096, 32),
+        ("13b", 40, 5120, 40),
+        ("175b", 96, 12288, 96),
+    ]
+}
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def check(config: Config, num_devices: int | None = None) -> None:
+    """Refuse a config that cannot run, before anything is allocated.
+
+    Args:
+      config: the run.
+      num_devices: devices of the whole run; None leaves out the rules that need it.
+    Raises:
+      ConfigError: with all violations.
+    """
+    refuse(violations(config, num_devices))
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise one ConfigError that lists all problems, if there are any."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("\n  - ".join([f"{len(problems)} problems", *problems]))
+
+
+def violations(config: Config, num_devices: int | None = None) -> list[str]:
+    """What is wrong with a config: for each violation what was given, what is allowed, what to do.
+
+    A rule between fields is left out when one of them has no usable value: that is a violation too.
+    """
+    wrong = field_problems(config, Config)
+    problems, readable = list(wrong.values()), _readable("", config, wrong)
+    for rule in RULES:
+        try:
+            for problem in rule(readable, num_devices):
+                problems.append(problem)  # those before a field that is not there count
+        except AttributeError:
+            if not wrong:
+                raise
+    return problems
+
+
+class Kind(NamedTuple):
+    """What a field takes."""
+
+    base: type  # int, float, bool, str, tuple (of strings) or a dataclass
+    choices: tuple[str, ...]  # of a string; () for any
+    optional: bool  # None as well
+    limits: Range | None
+
+    def __str__(self) -> str:
+        noun = {
+            int: "a whole number",
+            float: "a number",
+            bool: "True or False",
+            str: "a string",
+            tuple: "a tuple of strings, such as ('text.txt',)",
+        }.get(self.base, f"a gptjax.{self.base.__name__}")
+        if self.choices:
+            noun = "one of " + ", ".join(map(repr, self.choices))
+        if self.limits:
+            noun += f" from {self.limits.least:.12g} to {self.limits.most:.12g}"
+        return f"{noun}, or None" if self.optional else noun
+
+    def takes(self, value: Any) -> bool:
+        """Whether a field of this kind may have the value."""
+        if value is None:
+            return self.optional
+        if self.base is tuple:
+            return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        if isinstance(value, bool) and self.base is not bool:
+            return False
+        if not isinstance(value, (int, float) if self.base is float else self.base):
+            return False
+        if self.limits and not self.limits.least <= value <= self.limits.most:  # NaN is not either
+            return False
+        return not self.choices or value in self.choices
+
+
+def kind_of(annotation: Any) -> Kind:
+    """The kind that a field's annotation stands for."""
+    options = [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        options = [option for option in get_args(annotation) if option is not types.NoneType]
+    inner, limits = options[0], None
+    if get_origin(inner) is Annotated:
+        inner, *notes = get_args(inner)
+        limits = next((note for note in notes if isinstance(note, Range)), None)
+    choices = get_args(inner) if get_origin(inner) is Literal else ()
+    base = str if choices else get_origin(inner) or inner
+    return Kind(base, choices, options != [annotation], limits)
+
+
+def field_problems(value: Any, annotation: Any = None, path: str = "") -> dict[str, str]:
+    """The violations of each field's kind, by the field's path.
+
+    Args:
+      value: a dataclass, or with `annotation` the value of a field of it.
+    """
+    kind = kind_of(annotation or type(value))
+    if not kind.takes(value):
+        near = did_you_mean(value, kind.choices)
+        return {
+            path: f"{path or 'config'} = {reprlib.repr(value)}: must be {kind}{near and '.' + near}"
+        }
+    problems = {}
+    if dataclasses.is_dataclass(kind.base):
+        for name, inner in get_type_hints(kind.base, include_extras=True).items():
+            below = f"{path}.{name}".lstrip(".")
+            problems |= field_problems(getattr(value, name), inner, below)
+    return problems
+
+
+def _readable(path: str, value: Any, wrong: Collection[str]) -> Any:
+    """The same fields without those at a wrong path."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    paths = {f.name: f"{path}.{f.name}".lstrip(".") for f in dataclasses.fields(value)}
+    return types.SimpleNamespace(
+        **{
+            name: _readable(below, getattr(value, name), wrong)
+            for name, below in paths.items()
+            if below not in wrong
+        }
+    )
+
+
+# --- rules between fields: each yields its violations ------------------------------------------
+
+
+def _multiple(name: str, value: int, of: str, divisor: int, otherwise: str = "") -> Iterator[str]:
+    if rest := value % divisor:
+        near = " or ".join(str(n) for n in (value - rest, value - rest + divisor) if n)
+        yield (
+            f"{name} = {value} is not a multiple of {of} = {divisor} (remainder {rest}): "
+            f"give {name} {near}{otherwise}"
+        )
+
+
+def _name_is_a_folder(config: Config, _: int | None) -> Iterator[str]:
+    if config.name in ("", ".", "..") or set(config.name) & set("/\\\0"):
+        yield f"name = {config.name!r}: it names a folder: give letters, digits, '-' and '_'"
+
+
+def _heads(config: Config, _: int | None) -> Iterator[str]:
+    model = config.model
+    if model.num_kv_heads:
+        heads, kv_heads = model.num_heads, model.num_kv_heads
+        yield from _multiple("model.num_heads", heads, "model.num_kv_heads", kv_heads)
+    if model.head_size is None:
+        otherwise = ", or model.head_size"
+        yield from _multiple(
+            "model.width", model.width, "model.num_heads", model.num_heads, otherwise
+        )
+    head_size = model.head_size or model.width // model.num_heads
+    if model.positions == "rope" and head_size % 2:
+        near = " or ".join(str(size) for size in (head_size - 1, head_size + 1) if size)
+        yield (
+            f"model.head_size = {head_size}: RoPE turns pairs of numbers, so it must be even: "
+            f"give model.head_size {near}"
+        )
+
+
+def _windows(config: Config, _: int | None) -> Iterator[str]:
+    model = config.model
+    if model.window is not None:
+        every = model.window_every
+        yield from _multiple("model.num_layers", model.num_layers, "model.window_every", every)
+    elif model.window_every != 1:
+        yield (
+            f"model.window_every = {model.window_every}, but model.window is None: give "
+            "model.window, or model.window_every 1"
+        )
+
+
+def _learning_rates(config: Config, _: int | None) -> Iterator[str]:
+    highest, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate
+    if final is not None and final > highest:
+        yield (
+            f"optimizer.final_learning_rate = {final:g} is above optimizer.learning_rate = "
+            f"{highest:g}: give at most that"
+        )
+
+
+def _schedule(config: Config, _: int | None) -> Iterator[str]:
+    names = ("warmup_steps", "decay_steps", "final_steps")
+    parts = {name: getattr(config.optimizer, name) or 0 for name in names}
+    if (total := sum(parts.values())) > config.steps:
+        terms = " + ".join(f"{name} {size}" for name, size in parts.items())
+        yield (
+            f"optimizer: {terms} = {total}, but steps = {config.steps}: "
+            f"give fewer of them, or steps {total}"
+        )
+
+
+def _data(config: Config, _: int | None) -> Iterator[str]:
+    data = config.data
+    if not data.path:
+        yield "data.path is empty: give files, folders or globs, as in --data.path text.txt"
+    if not data.holdout and not data.valid_path and config.eval_every is not None:
+        yield (
+            "data.holdout = 0 and data.valid_path is empty, so there is nothing to evaluate on: "
+            "give one of them, or eval_every None"
+        )
+
+
+def _axes_not_built(config: Config, _: int | None) -> Iterator[str]:
+    for axis in ("context", "pipe"):
+        if (size := getattr(config.mesh, axis)) > 1:
+            yield f"mesh.{axis} = {size}: nothing is split over it yet: give 1, and fsdp or tensor"
+
+
+def _split_sizes(config: Config, _: int | None) -> Iterator[str]:
+    model, mesh = config.model, config.mesh
+    yield from _multiple(
+        "model.width", model.width, "mesh.fsdp", mesh.fsdp, ", or another mesh.fsdp"
+    )
+    sizes = {name: getattr(model, name) for name in ("num_heads", "num_kv_heads", "vocab_multiple")}
+    sizes["ffn_size"] = model.ffn_size or default_ffn_size(model.width, model.activation)
+    for name, size in sizes.items():
+        if size:
+            otherwise = ", or another mesh.tensor"
+            yield from _multiple(f"model.{name}", size, "mesh.tensor", mesh.tensor, otherwise)
+
+
+def _devices(config: Config, num_devices: int | None) -> Iterator[str]:
+    mesh = config.mesh
+    rest = {axis: getattr(mesh, axis) for axis in ("fsdp", "tensor", "context", "pipe")}
+    rest_size, data = math.prod(rest.values()), mesh.data
+    if num_devices is not None:
+        given = rest if data is None else {"data": data} | rest
+        used = math.prod(given.values())
+        if used != num_devices and (data is not None or num_devices % used):
+            product = " x ".join(f"{axis} {size}" for axis, size in given.items())
+            divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+            wanted = num_devices if data is not None else f"one of {divisors}"
+            yield (
+                f"mesh: {product} = {used}, but there are {num_devices} devices: "
+                f"give axes whose product is {wanted}"
+            )
+            return
+        data = num_devices // rest_size
+    of = f"mesh.data {data or 1} x mesh.fsdp {mesh.fsdp} x accumulate {config.accumulate}"
+    rows = (data or 1) * mesh.fsdp * config.accumulate
+    yield from _multiple("batch_size", config.batch_size, of, rows, ", or another accumulate")
+    across = data if mesh.across == "data" else getattr(mesh, mesh.across)
+    if mesh.slices and across:
+        name = f"mesh.{mesh.across}"
+        yield from _multiple(name, across, "mesh.slices", mesh.slices, ", or another mesh.across")
+
+
+RULES = (
+    _name_is_a_folder,
+    _heads,
+    _windows,
+    _learning_rates,
+    _schedule,
+    _data,
+    _axes_not_built,
+    _split_sizes,
+    _devices,
+)
+
+
+def did_you_mean(given: object, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the allowed name nearest to a given one, or nothing."""
+    near = difflib.get_close_matches(str(given), list(allowed), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+# --- JSON and files ----------------------------------------------------------------------------
+
+
+def to_json(config: Config) -> str:
+    """The config as text; `from_json` reads it back equal."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """A config from its text; a field that is not there has its default.
+
+    Raises:
+      ConfigError: for text that is not JSON, unknown names, and values not of their field's kind.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not JSON: {error}") from None
+    refuse(list(_unknown_names("", values, Config)))
+    config = _from_values(Config, values)
+    refuse(list(field_problems(config).values()))
+    return config
+
+
+def _unknown_names(path: str, values: Any, dataclass_type: type) -> Iterator[str]:
+    if not isinstance(values, dict):
+        yield f"{path or 'config'} = {reprlib.repr(values)}: must be an object of fields"
+        return
+    hints = get_type_hints(dataclass_type)
+    for name, value in values.items():
+        here = f"{path}.{name}".lstrip(".")
+        if name not in hints:
+            yield f"{here}: there is no such field.{did_you_mean(name, hints)}"
+        elif dataclasses.is_dataclass(hints[name]):
+            yield from _unknown_names(here, value, hints[name])
+
+
+def _from_values(dataclass_type: type, values: dict[str, Any]) -> Any:
+    fields, hints = {}, get_type_hints(dataclass_type)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _from_values(hints[name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        fields[name] = value
+    return dataclass_type(**fields)
+
+
+def load_experiment(selector: str) -> Config:
+    """The config that an experiment returns.
+
+    Args:
+      selector: `FILE.py`, whose function `config` is called, or `FILE.py:function`.
+    Raises:
+      ConfigError: if there is no such file or function, it fails, or it returns no Config.
+    """
+    function = load_function(selector, default="config")
+    try:
+        config = function()
+    except (Exception, SystemExit) as error:
+        raise ConfigError(_failure(selector, error)) from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{selector}: returned {reprlib.repr(config)}; an experiment returns a gptjax.Config"
+        )
+    return config
+
+
+def load_function(selector: str, default: str = "") -> Callable:
+    """The function that `FILE.py:function` names; `default` where no function is named.
+
+    Raises:
+      ConfigError: if there is no such file or function, or the file fails.
+    """
+    match = re.fullmatch(r"(.+\.py)(?::(\w*))?", selector)
+    if not match:
+        raise ConfigError(f"{selector!r} is not an experiment: give FILE.py or FILE.py:function")
+    path, name = Path(match[1]), match[2] or default
+    if not path.is_file():
+        siblings = (str(sibling) for sibling in path.parent.glob("*.py"))
+        raise ConfigError(f"{path}: there is no such file.{did_you_mean(path, siblings)}")
+    try:
+        # Unlike an import, this leaves no __pycache__ beside a file that belongs to the user.
+        module = runpy.run_path(str(path), run_name=path.stem)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(_failure(str(path), error)) from error
+    if not callable(module.get(name)):
+        own = [
+            key
+            for key, value in module.items()
+            if callable(value) and getattr(value, "__module__", None) == path.stem
+        ]
+        raise ConfigError(
+            f"{path}: there is no function {name!r}; it has {', '.join(own) or 'none'}."
+            + did_you_mean(name, own)
+        )
+    return module[name]
+
+
+def _failure(selector: str, error: BaseException) -> str:
+    """What failed in a file, and at which of its lines."""
+    path = re.sub(r":\w*$", "", selector)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines, error = [error.lineno], type(error)(error.msg)
+    where = f" at line {lines[-1]}" if lines else ""
+    return f"{selector}: failed{where} with {type(error).__name__}: {error}"
