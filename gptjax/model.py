@@ -1,0 +1,645 @@
+"""The GPT: embed, a stack of blocks, a head. Pure functions of a plain nested dict of parameters.
+
+params = {"embedding": {...}, "blocks": {...}, "head": {...}}, every leaf of blocks stacked on L.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gptjax.attention import Mask, attend, choose
+from gptjax.config import GPTConfig
+from gptjax.data import Batch
+from gptjax.sharding import constrain, gather, stored
+
+Params = dict[str, Any]
+Block = Callable[[Params, jax.Array, jax.Array, int | None], jax.Array]
+
+# Bytes of float32 logits that may exist at once on a device, when the config does not say how many
+# positions.
+LOGITS_BYTES = 128 * 2**20
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far; a value that `forward` takes and returns.
+
+    Slots are filled in the order of the calls, `length` of them so far; each row has its own
+    positions.
+    """
+
+    k_LBSKH: tuple[
+        jax.Array, ...
+    ]  # one array a layer, so that a step writes a few bytes and copies nothing
+    v_LBSKH: tuple[jax.Array, ...]
+    positions_BS: jax.Array  # of each slot's token in its row; -1 where there is none
+    length: jax.Array
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A Linen module whose parameters are declared by letters."""
+
+    config: GPTConfig
+
+    def weight(self, name: str, letters: str, init: Callable = nn.initializers.zeros) -> jax.Array:
+        """The parameter of these letters, in the compute dtype and laid out for use.
+
+        The one place that knows how parameters are stored (float32, by the table STORED) and how
+        they are used.
+        """
+        shape = tuple(self.config.sizes[letter] for letter in letters)
+        value = self.param(
+            name, nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32
+        )
+        return gather(value.astype(self.config.compute_dtype), letters)
+
+    def linear(
+        self, name: str, x: jax.Array, letters: str, out: str, scale: float = 1.0
+    ) -> jax.Array:
+        """A linear map with parameters of `letters`, to a tensor of letters `out`; initialised as
+        GPT-2's, times `scale`.
+        """
+        init = nn.initializers.normal(self.config.initial_scale * scale)
+        given = "BT" + letters.removesuffix(out[2:])
+        y = jnp.einsum(f"{given},{letters}->{out}", x, self.weight(name, letters, init))
+        return y + self.weight(f"{name}_bias", out[2:]) if self.config.bias else y
+
+
+class Norm(Layer):
+    """LayerNorm (Ba et al. 2016, equation 4) or RMSNorm (Zhang and Sennrich 2019, equation 4),
+    computed in float32.
+    """
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> the same, of mean 0 (LayerNorm) and mean square 1 along D, scaled and
+        shifted by parameters.
+        """
+        centred = self.config.norm == "layernorm"
+        scale_D = self.weight("scale", "D", nn.initializers.ones)
+        y_BTD = normalize(x_BTD, centred, self.config.norm_epsilon) * scale_D
+        return y_BTD + self.weight("bias", "D") if centred and self.config.bias else y_BTD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def normalize(x_BTD: jax.Array, centred: bool, epsilon: float) -> jax.Array:
+    """x, less its mean along D if `centred`, over the root of its mean square plus epsilon.
+    Statistics in float32.
+
+    Its gradient is given by hand: two sums along D instead of the five that differentiation makes.
+    """
+    return _normalize(x_BTD, centred, epsilon)[0]
+
+
+def _normalize(
+    x_BTD: jax.Array, centred: bool, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    x = x_BTD.astype(jnp.float32)
+    if centred:
+        x -= x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+    y_BTD = (x * inverse).astype(x_BTD.dtype)
+    return y_BTD, (y_BTD, inverse)
+
+
+def _normalize_backward(
+    centred: bool, epsilon: float, kept: tuple[jax.Array, jax.Array], dy_BTD: jax.Array
+):
+    y, inverse = kept[0].astype(jnp.float32), kept[1]
+    dy = dy_BTD.astype(jnp.float32)
+    dx = dy - y * (dy * y).mean(-1, keepdims=True)
+    if centred:
+        dx -= dy.mean(-1, keepdims=True)
+    return ((dx * inverse).astype(dy_BTD.dtype),)
+
+
+normalize.defvjp(_normalize, _normalize_backward)
+
+
+class Attention(Layer):
+    """Masked self-attention with N query heads and K key/value heads of size H."""
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, mask: Mask, cached: Callable | None
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D].
+
+        Args:
+          x_BTD: the normalised residual stream.
+          positions_BT: of each token in its document, for RoPE.
+          mask: what each position sees.
+          cached: takes the keys and values of these tokens, [B, T, K, H], and returns those of all
+            tokens so far.
+        """
+        q_BTNH = self.linear("query", x_BTD, "DNH", "BTNH")
+        k_BSKH = self.linear("key", x_BTD, "DKH", "BTKH")
+        v_BSKH = self.linear("value", x_BTD, "DKH", "BTKH")
+        if self.config.positions == "rope":
+            q_BTNH, k_BSKH = (
+                rotate(x, positions_BT, self.config.rope_base) for x in (q_BTNH, k_BSKH)
+            )
+        q_BTNH, k_BSKH, v_BSKH = (
+            constrain(q_BTNH, "BTNH"),
+            constrain(k_BSKH, "BSKH"),
+            constrain(v_BSKH, "BSKH"),
+        )
+        if cached:
+            k_BSKH, v_BSKH = cached(k_BSKH, v_BSKH)
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, implementation=self.config.attention)
+        return self.linear("out", y_BTNH, "NHD", "BTD", residual_scale(self.config))
+
+
+class FeedForward(Layer):
+    """GELU (Hendrycks and Gimpel 2016, section 2, tanh form) or SwiGLU (Shazeer 2020, equation
+    6).
+    """
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        up_BTF = self.linear("up", x_BTD, "DF", "BTF")
+        if self.config.activation == "swiglu":
+            up_BTF *= jax.nn.silu(self.linear("gate", x_BTD, "DF", "BTF"))
+        else:
+            up_BTF = jax.nn.gelu(up_BTF, approximate=True)
+        return self.linear(
+            "down", constrain(up_BTF, "BTF"), "FD", "BTD", residual_scale(self.config)
+        )
+
+
+class TransformerBlock(Layer):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): GPT-2's order (Radford et al. 2019,
+    section 2.3).
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        mask: Mask,
+        cached: Callable | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]. A key means training: without one nothing is dropped."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        y_BTD = Attention(self.config, name="attention")(
+            Norm(self.config, name="attention_norm")(x_BTD), positions_BT, mask, cached
+        )
+        x_BTD = constrain(x_BTD + drop(y_BTD, self.config.dropout, keys[0]), "BTD")
+        y_BTD = FeedForward(self.config, name="ffn")(Norm(self.config, name="ffn_norm")(x_BTD))
+        return constrain(x_BTD + drop(y_BTD, self.config.dropout, keys[1]), "BTD")
+
+
+class Embedding(Layer):
+    """Tokens, and learned positions if the config asks for them, to the residual stream."""
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, T] ids and positions -> [B, T, D]. Positions beyond the table are the caller's
+        mistake: see `forward`.
+        """
+        init = nn.initializers.normal(self.config.initial_scale)
+        x_BTD = self.weight("tokens", "VD", init)[tokens_BT]
+        if self.config.positions == "learned":
+            x_BTD += self.weight("positions", "PD", init)[positions_BT]
+        return constrain(drop(x_BTD, self.config.dropout, key), "BTD")
+
+
+class Head(Layer):
+    """The last norm, and the unembedding: its own, or the embedding when they are tied."""
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D], [V, D] -> the normalised stream and the unembedding to multiply it with."""
+        x_BTD = Norm(self.config, name="norm")(x_BTD)
+        if self.config.tied_embedding:
+            return x_BTD, gather(embedding_VD.astype(self.config.compute_dtype), "VD")
+        return x_BTD, self.weight(
+            "unembedding", "VD", nn.initializers.normal(self.config.initial_scale)
+        )
+
+
+def residual_scale(config: GPTConfig) -> float:
+    """1 / sqrt(number of additions to the residual stream): Radford et al. 2019, section 2.3."""
+    return (2 * config.num_layers) ** -0.5
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Dropout: each number is 0 with probability `rate`, else divided by 1 - rate. Nothing without
+    a key.
+    """
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(
+        x.dtype
+    )
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+    """RoPE (Su et al. 2021, equation 34) on pairs H/2 apart. Angles in float32: bfloat16 would
+    round 257 to 256.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+# --- parameters ----------------------------------------------------------------------------------
+
+
+def init_params(config: GPTConfig, key: jax.Array) -> Params:
+    """Fresh parameters, float32: normal(initial_scale), residual outputs scaled down, biases 0,
+    norm scales 1.
+
+    The same on any mesh: a function of the config and the key alone.
+    """
+    return nn.unbox(_boxed_params(config, key))
+
+
+def param_letters(config: GPTConfig) -> Any:
+    """The tree of parameters with each leaf's letters in its place, such as "LDNH"."""
+    boxed = jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda box: "".join(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
+
+
+def abstract_params(config: GPTConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters as they are stored on a mesh; nothing is
+    allocated.
+    """
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda shape, letters: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=stored(mesh, letters)
+        ),
+        shapes,
+        param_letters(config),
+    )
+
+
+def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
+    """Parameters in boxes that hold their letters: boxes exist in this section only."""
+    config = replace(
+        config, compute_dtype="float32", attention="xla"
+    )  # no parameter depends on either
+    embedding_key, blocks_key, head_key = jax.random.split(key, 3)
+    ids_BT = jnp.zeros((1, 1), jnp.int32)
+    x_BTD = jnp.zeros((1, 1, config.width), config.compute_dtype)
+
+    def one_block(block_key: jax.Array) -> Any:
+        return TransformerBlock(config).init(block_key, x_BTD, ids_BT, Mask())["params"]
+
+    embedding = Embedding(config).init(embedding_key, ids_BT, ids_BT)["params"]
+    blocks = jax.vmap(one_block)(jax.random.split(blocks_key, config.num_layers))
+    blocks = jax.tree.map(
+        lambda box: box.replace(names=("L", *box.names)),
+        blocks,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+    unembedding_VD = jnp.zeros((config.sizes["V"], config.width))
+    head = Head(config).init(head_key, x_BTD, unembedding_VD)["params"]
+    return {"embedding": embedding, "blocks": blocks, "head": head}
+
+
+# --- the stack -----------------------------------------------------------------------------------
+
+
+def scan_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
+    """Run the stack as one compiled block in a loop, keeping for the backward pass what
+    `config.remat` says.
+
+    Args:
+      block: takes the parameters of a layer, x_BTD, the layer's index and its window; returns
+        x_BTD.
+      blocks_L: parameters of all layers, stacked on L.
+      x_BTD: the embedded tokens.
+      config: the model. Layers whose windows differ are unrolled within a turn of the loop.
+    """
+    windows = config.windows
+    turns = config.num_layers // len(windows)
+
+    def turn(x_BTD: jax.Array, layers: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+        for i, window in enumerate(windows):
+            params, index = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+            x_BTD = remat(functools.partial(block, window=window), config.remat)(
+                params, x_BTD, index
+            )
+        return x_BTD, None
+
+    layers = (blocks_L, jnp.arange(config.num_layers))
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(turns, len(windows), *leaf.shape[1:]), layers)
+    return jax.lax.scan(turn, x_BTD, grouped)[0]
+
+
+def unroll_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
+    """Run the stack layer after layer, each compiled for itself: for a cache, and for looking
+    inside.
+    """
+    for index in range(config.num_layers):
+        window = config.windows[index % len(config.windows)]
+        params = jax.tree.map(lambda leaf, index=index: leaf[index], blocks_L)
+        x_BTD = remat(functools.partial(block, window=window), config.remat)(params, x_BTD, index)
+    return x_BTD
+
+
+def remat(function: Callable, policy: str) -> Callable:
+    """The function, with what its backward pass keeps: "none" everything, "dots" products with
+    weights and the attention's output (the rest is computed again), "full" only its inputs."""
+    if policy == "none":
+        return function
+    policies = jax.checkpoint_policies
+    keep = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+    )
+    return jax.checkpoint(function, policy=keep if policy == "dots" else None, prevent_cse=False)
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def resolve(config: GPTConfig, platform: str) -> tuple[GPTConfig, str]:
+    """The config with nothing left to choose, and the reason for the attention it has.
+
+    Args:
+      config: `compute_dtype` and `attention` may be "auto".
+      platform: "cpu", "gpu" or "tpu".
+    Raises:
+      ConfigError: if a named attention cannot run on that platform.
+    """
+    dtype = config.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    head_size = config.head_size or config.width // config.num_heads
+    attention, reason = choose(
+        config.attention,
+        platform,
+        dtype=dtype,
+        context_size=config.context_size,
+        head_size=head_size,
+    )
+    return replace(config, compute_dtype=dtype, attention=attention), reason
+
+
+def forward(
+    params: Params,
+    tokens_BT: jax.Array,
+    config: GPTConfig,
+    *,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    cache: KVCache | None = None,
+    key: jax.Array | None = None,
+    run: Callable = scan_blocks,
+    only: jax.Array | int | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Logits of the next token at every position.
+
+    Args:
+      params: as `init_params` makes them.
+      tokens_BT: ids below `config.vocab_size` (a larger one reads the last row of the embedding:
+        check ids at the door).
+      config: the model. "auto" settings are resolved for `jax.default_backend()`.
+      positions_BT: of each token in its document, below `config.context_size`; None counts from 0,
+        or on from the cache. With a cache, -1 marks a padding token, which nothing sees.
+      segments_BT: document of each token; attention stays within one. None: a row is one document.
+        Not with a cache.
+      cache: keys and values of the tokens before these, as `init_cache` and earlier calls return
+        it.
+      key: for dropout; without it nothing is dropped.
+      run: who runs the stack; a cache always unrolls it.
+      only: the one index of T whose logits are wanted, as when a prompt is read; None: all.
+    Returns:
+      logits_BTV, float32, V = vocab_size (T is 1 with `only`); and the cache with these tokens
+      added, or None without one.
+    """
+    config = _resolved(config)
+    x_BTD, unembedding_VD, cache = _hidden(
+        params, tokens_BT, config, positions_BT, segments_BT, cache, key, run
+    )
+    if only is not None:
+        x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, only, 1, axis=1)
+    logits_BTV = _logits(x_BTD, unembedding_VD, config)
+    return logits_BTV[..., : config.vocab_size], cache
+
+
+def token_losses(
+    params: Params,
+    batch: Batch,
+    config: GPTConfig,
+    *,
+    key: jax.Array | None = None,
+    run: Callable = scan_blocks,
+) -> jax.Array:
+    """The negative log-likelihood of each target, in nats: losses_BT, float32, not weighted.
+
+    Computed in pieces of T, so that the logits of all positions never exist at once;
+    differentiable.
+    """
+    config = _resolved(config)
+    x_BTD, unembedding_VD, _ = _hidden(
+        params, batch.tokens_BT, config, batch.positions_BT, batch.segments_BT, None, key, run
+    )
+    pieces = _pieces(x_BTD, batch.targets_BT, config=config)
+
+    @jax.checkpoint
+    def piece_losses(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _softmax(_logits(piece[0], unembedding_VD, config), piece[1])[0]
+
+    return _join(jax.lax.map(piece_losses, pieces))
+
+
+def weighted_loss(
+    params: Params,
+    batch: Batch,
+    config: GPTConfig,
+    *,
+    key: jax.Array | None = None,
+    run: Callable = scan_blocks,
+) -> jax.Array:
+    """The sum of weights x losses over the batch, in nats: what training minimises.
+
+    Equal to `(batch.weights_BT * token_losses(...)).sum()`, but its gradient costs three products
+    with the unembedding
+    instead of four: they are made in the forward pass, while the logits of a piece of T exist.
+    """
+    config = _resolved(config)
+    x_BTD, unembedding_VD, _ = _hidden(
+        params, batch.tokens_BT, config, batch.positions_BT, batch.segments_BT, None, key, run
+    )
+    return _unembed_loss(x_BTD, unembedding_VD, batch.targets_BT, batch.weights_BT, config)
+
+
+def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, run):
+    """Embed and run the stack: the normalised stream x_BTD, the unembedding, and the cache with
+    these tokens.
+    """
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+        start = 0 if cache is None else cache.positions_BS.max(axis=1, keepdims=True) + 1
+        positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
+    mask = Mask(segments_BT=segments_BT)
+    if cache is not None:
+        cache = cache._replace(
+            positions_BS=jax.lax.dynamic_update_slice(
+                cache.positions_BS, positions_BT, (0, cache.length)
+            )
+        )
+        mask = Mask(positions_BT=positions_BT, positions_BS=cache.positions_BS)
+        positions_BT = jnp.maximum(positions_BT, 0)
+        run = unroll_blocks
+    keys, values = [], []
+
+    def block(
+        layer: Params, x_BTD: jax.Array, index: jax.Array | int, window: int | None
+    ) -> jax.Array:
+        def cached(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+            for new, old, kept in ((k_BTKH, cache.k_LBSKH, keys), (v_BTKH, cache.v_LBSKH, values)):
+                kept.append(
+                    jax.lax.dynamic_update_slice(
+                        old[index], new.astype(old[index].dtype), (0, cache.length, 0, 0)
+                    )
+                )
+            return keys[-1], values[-1]
+
+        layer_key = None if key is None else jax.random.fold_in(key, index)
+        return TransformerBlock(config).apply(
+            {"params": layer},
+            x_BTD,
+            positions_BT,
+            replace(mask, window=window),
+            cached if cache else None,
+            layer_key,
+        )
+
+    embedding_key = None if key is None else jax.random.fold_in(key, config.num_layers)
+    x_BTD = Embedding(config).apply(
+        {"params": params["embedding"]}, tokens_BT, positions_BT, embedding_key
+    )
+    x_BTD = run(
+        block, params["blocks"], x_BTD, config if cache is None else replace(config, remat="none")
+    )
+    x_BTD, unembedding_VD = Head(config).apply(
+        {"params": params["head"]}, x_BTD, params["embedding"]["tokens"]
+    )
+    if cache is not None:
+        cache = cache._replace(k_LBSKH=tuple(keys), v_LBSKH=tuple(values), length=cache.length + T)
+    return x_BTD, unembedding_VD, cache
+
+
+def init_cache(config: GPTConfig, batch_size: int, num_slots: int) -> KVCache:
+    """An empty cache for rows of at most `num_slots` tokens, padding included."""
+    config = _resolved(config)
+    shape = (batch_size, num_slots, config.sizes["K"], config.sizes["H"])
+    empty = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
+    return KVCache(
+        empty, empty, jnp.full((batch_size, num_slots), -1, jnp.int32), jnp.zeros((), jnp.int32)
+    )
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+
+def _logits(x_BTD: jax.Array, unembedding_VD: jax.Array, config: GPTConfig) -> jax.Array:
+    """Float32 logits with the vocabulary's padding at minus infinity, as far as a float goes."""
+    logits_BTV = jnp.einsum(
+        "BTD,VD->BTV", x_BTD, unembedding_VD, preferred_element_type=jnp.float32
+    )
+    logits_BTV = constrain(logits_BTV, "BTV")
+    if config.vocab_size == config.sizes["V"]:
+        return logits_BTV
+    return jnp.where(
+        jnp.arange(config.sizes["V"]) < config.vocab_size, logits_BTV, jnp.finfo(jnp.float32).min
+    )
+
+
+def _softmax(
+    logits_BTV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Negative log-likelihoods of the targets [B, T], the softmax before its division [B, T, V],
+    and its divisor [B, T].
+    """
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    most_BT = logits_BTV.max(axis=-1)
+    # Without the barrier XLA computes the exponentials twice, for the sum and for the gradient:
+    # half of the time that this function takes.
+    exp_BTV = jax.lax.optimization_barrier(jnp.exp(logits_BTV - most_BT[..., None]))
+    sums_BT = exp_BTV.sum(axis=-1)
+    return most_BT + jnp.log(sums_BT) - picked_BT, exp_BTV, sums_BT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _unembed_loss(x_BTD, unembedding_VD, targets_BT, weights_BT, config: GPTConfig) -> jax.Array:
+    def piece_loss(piece: tuple[jax.Array, ...]) -> jax.Array:
+        x, targets, weights = piece
+        return (_softmax(_logits(x, unembedding_VD, config), targets)[0] * weights).sum()
+
+    return jax.lax.map(piece_loss, _pieces(x_BTD, targets_BT, weights_BT, config=config)).sum()
+
+
+def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config: GPTConfig):
+    def piece_gradients(dunembedding_VD: jax.Array, piece: tuple[jax.Array, ...]):
+        x, targets, weights = piece
+        logits_BTV = _logits(x, unembedding_VD, config)
+        losses, exp_BTV, sums = _softmax(logits_BTV, targets)
+        onehot_BTV = targets[..., None] == jnp.arange(config.sizes["V"])
+        dlogits_BTV = exp_BTV * (weights / sums)[..., None] - onehot_BTV * weights[..., None]
+        dlogits_BTV = constrain(dlogits_BTV.astype(x.dtype), "BTV")
+        dx = jnp.einsum("BTV,VD->BTD", dlogits_BTV, unembedding_VD)
+        dunembedding_VD += jnp.einsum(
+            "BTV,BTD->VD", dlogits_BTV, x, preferred_element_type=jnp.float32
+        )
+        return constrain(dunembedding_VD, "VD"), (dx, (losses * weights).sum())
+
+    pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
+    zeros_VD = jnp.zeros(unembedding_VD.shape, jnp.float32)
+    dunembedding_VD, (dx, losses) = jax.lax.scan(piece_gradients, zeros_VD, pieces)
+    return losses.sum(), (_join(dx), dunembedding_VD.astype(unembedding_VD.dtype))
+
+
+def _unembed_loss_backward(
+    config: GPTConfig, gradients: tuple[jax.Array, jax.Array], dloss: jax.Array
+):
+    dx_BTD, dunembedding_VD = (gradient * dloss.astype(gradient.dtype) for gradient in gradients)
+    return dx_BTD, dunembedding_VD, None, None
+
+
+_unembed_loss.defvjp(_unembed_loss_forward, _unembed_loss_backward)
+
+
+def _pieces(x_BTD: jax.Array, *others_BT: jax.Array, config: GPTConfig) -> tuple[jax.Array, ...]:
+    """Arrays [B, T, ...] cut along T: [pieces, B, T / pieces, ...]."""
+    B, T, _ = x_BTD.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    bytes_at_once = B * config.sizes["V"] * 4 // max(mesh.size, 1)
+    size = min(config.loss_piece or max(LOGITS_BYTES // max(bytes_at_once, 1), 1), T)
+    pieces = next(n for n in range(-(-T // size), T + 1) if T % n == 0)
+    return tuple(
+        x.reshape(B, pieces, T // pieces, *x.shape[2:]).swapaxes(0, 1) for x in (x_BTD, *others_BT)
+    )
+
+
+def _join(pieces: jax.Array) -> jax.Array:
+    """The inverse of `_pieces`, for one array."""
+    n, B, T, *rest = pieces.shape
+    return pieces.swapaxes(0, 1).reshape(B, n * T, *rest)
+
+
+def _resolved(config: GPTConfig) -> GPTConfig:
+    return resolve(config, jax.default_backend())[0]
