@@ -1,0 +1,522 @@
+"""The state of a run, its step, and its loop."""
+
+import dataclasses
+import functools
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
+from gptjax.config import Config, ConfigError, GPTConfig, check
+from gptjax.corpus import Store, load_corpus
+from gptjax.data import Batch, Rows, batch_at, check_rows, prefetch
+from gptjax.evaluate import evaluate, jit_eval_step
+from gptjax.generate import Sampling, generate
+from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
+from gptjax.model import Params, abstract_params, init_params, param_letters, resolve, weighted_loss
+from gptjax.optim import learning_rate, make_optimizer
+from gptjax.sharding import (
+    constrain_stored,
+    in_use,
+    local_rows,
+    make_mesh,
+    replicated,
+    to_devices,
+)
+from gptjax.tokenizer import Tokenizer, make_tokenizer
+
+
+class DivergenceError(RuntimeError):
+    """Updates were skipped too many times in a row, for losses or gradients that are not finite."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop, and its last step is saved: the same command goes on from
+    there.
+    """
+
+
+class TrainState(NamedTuple):
+    """All that a step needs besides the batch."""
+
+    step: jax.Array  # batches seen, int32
+    params: Params
+    opt_state: Any
+    skipped: jax.Array  # updates skipped in a row up to now, int32
+
+
+def init_state(config: Config, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    params = init_params(config.model, key)
+    opt_state = make_optimizer(config.optimizer, param_letters(config.model)).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on a mesh; nothing is allocated.
+
+    Moments lie as their parameters do; everything else is on every device.
+    """
+    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
+    params = abstract_params(config.model, mesh)
+    everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
+    like_params = jax.tree.structure(params)
+
+    def place(node: Any) -> Any:
+        if jax.tree.structure(node) == like_params:
+            return params
+        return everywhere(node.shape, node.dtype)
+
+    return jax.tree.map(place, shapes, is_leaf=lambda node: jax.tree.structure(node) == like_params)
+
+
+def train_step(
+    state: TrainState, batch: Batch, config: Config
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update from one global batch.
+
+    The loss is the sum of weights x losses over the whole batch divided once by the sum of its
+    weights, so devices, processes and accumulated parts make no difference. An update whose loss or
+    gradient is not finite is skipped: the parameters and the optimizer's state stay as they are,
+    bit for bit, on every device.
+
+    Returns:
+      the next state, and scalars under the names of metrics.jsonl.
+    """
+    letters = param_letters(config.model)
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    loss, grads = loss_and_grads(state.params, batch, config, key)
+    grads = jax.tree.map(constrain_stored, grads, letters)
+    grad_norm = optax.tree.norm(grads)
+    rate = learning_rate(config, state.step)
+    direction, opt_state = make_optimizer(config.optimizer, letters).update(
+        grads, state.opt_state, state.params
+    )
+    params = jax.tree.map(lambda value, change: value - rate * change, state.params, direction)
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": rate,
+        "train/skipped": skipped,
+        "data/batch_hash": batch_hash(batch),
+    }
+    return TrainState(state.step + 1, params, opt_state, skipped), metrics
+
+
+def loss_and_grads(
+    params: Params, batch: Batch, config: Config, key: jax.Array
+) -> tuple[jax.Array, Params]:
+    """The mean loss of a batch over its weights, and its gradient, computed in `config.accumulate`
+    parts.
+    """
+    weights_BT = batch.weights_BT / jnp.maximum(batch.weights_BT.sum(), 1)
+    batch = batch._replace(weights_BT=weights_BT)
+    part_loss = jax.value_and_grad(
+        lambda params, part, key: weighted_loss(params, part, config.model, key=key)
+    )
+    if config.accumulate == 1:
+        return part_loss(params, batch, key=key)
+
+    def add(total: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
+        return jax.tree.map(
+            jnp.add, total, part_loss(params, part[0], key=jax.random.fold_in(key, part[1]))
+        ), None
+
+    # A part takes its rows from every device: rows a, a + A, a + 2A, ... so that none moves.
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulate)))[0]
+
+
+def batch_hash(batch: Batch) -> jax.Array:
+    """A number that tells two global batches apart, the same on every mesh: uint32 sums do not
+    depend on their order.
+    """
+    B, T = batch.tokens_BT.shape
+    places = jnp.arange(B * T, dtype=jnp.uint32).reshape(B, T)
+    mixed = [
+        (x.astype(jnp.uint32) + jnp.uint32(i)) * ((places * 2 + 1) * jnp.uint32(2654435761 + 2 * i))
+        for i, x in enumerate((batch.tokens_BT, batch.targets_BT, batch.segments_BT))
+    ]
+    return functools.reduce(jnp.add, [x.sum(dtype=jnp.uint32) for x in mixed])
+
+
+def jit_train_step(
+    config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The compiled step: what `fit` runs and what a plan lowers. It takes the state's memory for
+    the next state.
+    """
+    platform = mesh.devices.flat[0].platform
+    config = replace(config, model=resolve(config.model, platform)[0])
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    batch = Batch(*[in_use(mesh, "BT")] * len(Batch._fields))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(state, batch, config)
+
+    return jax.jit(
+        step, in_shardings=(state, batch), out_shardings=(state, replicated(mesh)), donate_argnums=0
+    )
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def fit(config: Config, run_dir: Path) -> TrainState:
+    """Train, from the newest checkpoint in the run directory if there is one, and leave everything
+    there.
+
+    Args:
+      config: the run. `model.vocab_size` None is taken from the tokenizer.
+      run_dir: config.json, metrics.jsonl, tokenizer/, checkpoints/ and tensorboard/ are written
+        below it.
+    Returns:
+      the state after the last step.
+    Raises:
+      ConfigError, DataError: before anything is compiled or written.
+      CheckpointError: if the run directory is of another model, data or seed.
+      DivergenceError: after `config.max_nonfinite` skipped updates in a row.
+      Interrupted: after SIGTERM or SIGINT, once the step is saved.
+    """
+    tokenizer = make_tokenizer(config.data)
+    config = replace(config, model=_with_vocabulary(config.model, tokenizer))
+    mesh = make_mesh(config.mesh)
+    check(config, mesh.size)
+    _, reason = resolve(config.model, mesh.devices.flat[0].platform)
+    train_rows, valid_rows = _rows(config, tokenizer)
+    _refuse_another_run(config, run_dir)
+    first = jax.process_index() == 0
+    with Checkpoints(
+        run_dir, keep_last=config.keep_last, keep_every=config.keep_every
+    ) as checkpoints:
+        start = checkpoints.latest() or 0
+        if first:
+            save_run(run_dir, config, tokenizer)
+        with Log(
+            run_dir,
+            first_step=start + 1,
+            last_step=config.steps,
+            tensorboard=config.tensorboard,
+            enabled=first,
+        ) as log:
+            log.say(_describe(config, mesh, reason, train_rows, valid_rows))
+            run = _Run(config, mesh, tokenizer, valid_rows, checkpoints, log)
+            state = run.start()
+            state = run.train(state, start, train_rows)
+            run.finish(state, run_dir)
+    return state
+
+
+def _with_vocabulary(model: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """The model with a vocabulary that holds the tokenizer's."""
+    size = model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {size:,}, but the tokenizer has {tokenizer.vocab_size:,} ids: "
+            "give as many or more, or None to take the tokenizer's"
+        )
+    return replace(model, vocab_size=size)
+
+
+def _rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
+    """The rows for training and for validation. Process 0 builds the stores that are not there
+    yet; the others wait.
+    """
+
+    def accept(split: str, num_tokens: int) -> None:
+        check_rows(num_tokens, config.model.context_size, config.batch_size, split)
+
+    load = functools.partial(load_corpus, config.data, tokenizer, accept=accept)
+    if jax.process_index() == 0:
+        stores = load(progress=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("stores are built")
+    if jax.process_index() > 0:
+        stores = load()
+
+    def rows(store: Store, **order: Any) -> Rows:
+        return Rows(
+            store=store,
+            context_size=config.model.context_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            pad=tokenizer.pad,
+            end=tokenizer.end,
+            **order,
+        )
+
+    train, valid = stores
+    return rows(train, shuffle=config.data.shuffle), valid and rows(valid, shuffle=False, once=True)
+
+
+def _refuse_another_run(config: Config, run_dir: Path) -> None:
+    """Refuse to go on with a run whose numbers another config began."""
+    if not (run_dir / "config.json").exists():
+        return
+    before, _ = read_run(run_dir)
+    choices = {
+        "attention",
+        "remat",
+        "loss_piece",
+        "compute_dtype",
+    }  # of how to compute, not of what
+    pairs = [
+        ("seed", before.seed, config.seed),
+        ("batch_size", before.batch_size, config.batch_size),
+    ]
+    for part in ("model", "data"):
+        old, new = getattr(before, part), getattr(config, part)
+        names = (
+            {field.name for field in dataclasses.fields(old)} - choices - {"store_dir", "prefetch"}
+        )
+        pairs += [
+            (f"{part}.{name}", getattr(old, name), getattr(new, name)) for name in sorted(names)
+        ]
+    changes = [f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs if old != new]
+    if changes:
+        raise CheckpointError(
+            f"{run_dir} holds a run of another config: {'; '.join(changes)}. "
+            "Give those values again to go on with it, or another --run-dir to begin a new one"
+        )
+
+
+def _describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: Rows | None) -> str:
+    """What is about to run, in a few lines."""
+    device = mesh.devices.flat[0]
+    model, _ = resolve(config.model, device.platform)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model, mesh)))
+    axes = (
+        " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+        or "one device"
+    )
+    epochs = config.steps * config.batch_size / train.num_rows
+    held_out = f"{valid.store.num_tokens:,} held out" if valid else "none held out"
+    return (
+        f"model      {num_params:,} parameters, {model.compute_dtype} compute, "
+        f"attention {model.attention} ({reason})\n"
+        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
+        f"data       {train.store.num_tokens:,} tokens ({held_out}), "
+        f"{epochs:.2f} epochs in {config.steps:,} steps of "
+        f"{config.batch_size * model.context_size:,} tokens"
+    )
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the phases of a run share."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    valid_rows: Rows | None
+    checkpoints: Checkpoints
+    log: Log
+
+    def start(self) -> TrainState:
+        """The state of the newest checkpoint, or a fresh one."""
+        like = abstract_state(self.config, self.mesh)
+        if self.checkpoints.latest() is not None:
+            state = self.checkpoints.restore(like)
+            self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
+            return state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        init = jax.jit(functools.partial(init_state, self.config), out_shardings=shardings)
+        return init(jax.random.key(self.config.seed))
+
+    def train(self, state: TrainState, start: int, rows: Rows) -> TrainState:
+        """All steps from `start` on. Metrics of a step are fetched once the next is dispatched, so
+        no device waits.
+        """
+        config, log = self.config, self.log
+        which = local_rows(self.mesh, config.batch_size)
+
+        def make(step: int) -> Batch:
+            return to_devices(self.mesh, batch_at(step, rows, which=which), config.batch_size)
+
+        clock = _Clock(config, self.mesh)
+        with (
+            _stop_requests() as stop_requested,
+            closing(prefetch(make, start, config.steps, config.data.prefetch)) as batches,
+        ):
+            step_fn, waiting = jit_train_step(config, self.mesh), None
+            for step, batch in enumerate(batches, start=start + 1):
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
+                if waiting:
+                    self.record(*waiting, clock)
+                waiting = (step, metrics)
+                log.advance(step)
+                stop = stop_requested(step)
+                last = step == config.steps
+                evaluates = self.valid_rows and (last or _due(step, config.eval_every))
+                saves = stop or last or _due(step, config.save_every)
+                if evaluates or saves:  # before the next step takes the state's memory
+                    self.record(*waiting, clock, state.params if evaluates else None)
+                    waiting = None
+                    if saves:
+                        self.checkpoints.save(step, state)
+                    clock.restart(step)
+                self.checkpoints.poll()
+                if stop and step < config.steps:
+                    self.checkpoints.wait()
+                    raise Interrupted(
+                        f"by a signal after step {step:,}, which is saved: the same command goes on"
+                    )
+        self.checkpoints.wait()
+        return state
+
+    def record(
+        self, step: int, metrics: dict, clock: "_Clock", evaluated: Params | None = None
+    ) -> None:
+        """Log a step if it is due, with the loss on the validation split if given parameters.
+
+        Raises:
+          DivergenceError: if too many updates were skipped in a row.
+        """
+        metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if metrics["train/skipped"] >= self.config.max_nonfinite:
+            raise DivergenceError(
+                f"the loss or its gradient was not finite for {metrics['train/skipped']} steps "
+                f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
+                "warm-up, or go on from an earlier checkpoint"
+            )
+        ends = step in (1, self.config.steps)
+        if evaluated is not None or ends or _due(step, self.config.log_every):
+            metrics |= clock.read(step)
+            if evaluated is not None:
+                metrics |= self.evaluate(evaluated)
+            self.log.write(step, metrics)
+
+    @functools.cached_property
+    def eval_step(self) -> Callable:
+        return jit_eval_step(self.config, self.mesh, self.tokenizer.bytes_per_token)
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """The loss on the validation split, or on as much of it as the config says."""
+        num_batches = self.valid_rows.num_batches
+        num_batches = min(self.config.eval_batches or num_batches, num_batches)
+        return evaluate(params, self.valid_rows, self.eval_step, self.mesh, num_batches=num_batches)
+
+    def finish(self, state: TrainState, run_dir: Path) -> None:
+        """Say what came of it: a sample, the last figures, and where everything lies."""
+        config, sample = self.config, self.config.sample
+        if sample.max_tokens:
+            prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
+            sampling = Sampling(
+                max_tokens=sample.max_tokens,
+                temperature=sample.temperature,
+                top_k=sample.top_k,
+                top_p=sample.top_p,
+            )
+            key = jax.random.key(config.seed)
+            end = self.tokenizer.end
+            (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
+            text = sample.prompt + self.tokenizer.decode(tokens)
+            self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
+        if jax.process_index() == 0:
+            self.log.say(_summary(read_metrics(run_dir), run_dir))
+
+
+def _summary(lines: list[dict[str, float]], run_dir: Path) -> str:
+    """The figures of a finished run, and its folders."""
+    evaluation = next((line for line in reversed(lines) if "eval/loss" in line), None)
+    speeds = [line["perf/tokens_per_second"] for line in lines if "perf/tokens_per_second" in line]
+    figures = []
+    if evaluation:
+        figures.append(
+            f"result     validation loss {evaluation['eval/loss']:.4f} nats per token, "
+            f"{evaluation['eval/bits_per_byte']:.4f} bits per byte, at step {evaluation['step']:,}"
+        )
+    if speeds:
+        figures.append(f"speed      {statistics.median(speeds):,.0f} tokens per second")
+    return "\n".join(
+        [
+            *figures,
+            f"run        {run_dir}: config.json, metrics.jsonl, checkpoints/, tokenizer/",
+            f"next       gptjax generate {run_dir} --prompt TEXT",
+        ]
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+class _Clock:
+    """Speed since the last reading, without evaluations, checkpoints, and the first step, which
+    compiles.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.tokens = config.batch_size * config.model.context_size
+        dtype = resolve(config.model, mesh.devices.flat[0].platform)[0].compute_dtype
+        peak = peak_flops(mesh.devices.flat[0], dtype)
+        self.most = (
+            None if peak is None else peak * mesh.size / flops_per_token(config.model)
+        )  # tokens a second
+        self.step, self.time = None, 0.0
+
+    def restart(self, step: int) -> None:
+        self.step, self.time = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, float]:
+        """The speed from the last reading to the end of `step`, which has just been fetched;
+        nothing at first.
+        """
+        before, since = self.step, self.time
+        self.restart(step)
+        if before is None or step == before:
+            return {}
+        seconds = (self.time - since) / (step - before)
+        speed = {"perf/step_seconds": seconds, "perf/tokens_per_second": self.tokens / seconds}
+        return speed | ({"perf/mfu": self.tokens / seconds / self.most} if self.most else {})
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+    """A function of the step: whether the run should stop after it, as SIGTERM and SIGINT ask. A
+    second signal ends at once.
+
+    With several processes, jax.distributed watches for SIGTERM in each, and all learn to stop after
+    the same step.
+    """
+    asked = False
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def forward(_number: int, _: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+
+    together = jax.process_count() > 1
+    handlers = {signal.SIGINT: forward} if together else {signal.SIGTERM: ask, signal.SIGINT: ask}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield multihost_utils.reached_preemption_sync_point if together else lambda _: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

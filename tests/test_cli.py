@@ -1,0 +1,280 @@
+"""The command line as a user meets it: exit codes, last words, and what it leaves behind."""
+
+import errno
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from gptjax import cli
+from gptjax.checkpoint import CheckpointError, Checkpoints, save_run
+from gptjax.config import Config, ConfigError, DataConfig, GPTConfig
+from gptjax.corpus import DataError
+from gptjax.tokenizer import ByteTokenizer
+from gptjax.train import DivergenceError, Interrupted, init_state
+
+# Runs the command line, and says at the end whether JAX was imported.
+PROGRAM = """
+import sys
+from gptjax import cli
+try:
+    code = cli.main()
+finally:
+    print("jax" in sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+EXPERIMENT = """
+from gptjax import Config, DataConfig
+
+def config():
+    return Config(data=DataConfig(path=("text.txt",)))
+
+def other():
+    return {"steps": 3}
+
+def broken():
+    return 1 / 0
+"""
+
+
+def without_jax(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command that must not import JAX nor write anything."""
+    before = sorted(folder.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=folder, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[-1] == "False", done.stderr
+    assert sorted(folder.rglob("*")) == before
+    return done.returncode, done.stdout, done.stderr
+
+
+def last_words(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, arguments)])
+    code = cli.main()
+    return code, capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+    return tmp_path
+
+
+def test_help_without_jax(folder):
+    for arguments in (["--help"], ["train", "--help"], ["train", "experiment.py", "--help"]):
+        code, out, _ = without_jax(folder, *arguments)
+        assert code == 0
+        assert "usage: gptjax" in out
+
+
+def test_refusals_without_jax(folder):
+    arguments = "train experiment.py --stepz 3 --model.width 100 --batch-size none".split()
+    code, out, err = without_jax(folder, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("gptjax: error[2]: 3 problems\n  - --stepz: there is no such option.")
+
+
+def test_experiments_without_jax():
+    for path in sorted((REPOSITORY / "experiments").glob("*.py")):
+        code, _, err = without_jax(REPOSITORY / "experiments", "train", path.name, "--steps", "-1")
+        assert code == 2
+        assert "steps = -1" in err
+
+
+@pytest.mark.parametrize(
+    ("selector", "source", "words"),
+    [
+        ("experimint.py", "", "there is no such file. Did you mean 'experiment.py'?"),
+        ("experiment", "", "is not an experiment: give FILE.py or FILE.py:function"),
+        ("experiment.py:confg", EXPERIMENT, "it has config, other, broken. Did you mean 'config'?"),
+        ("experiment.py", "x = 1", "there is no function 'config'; it has none"),
+        ("experiment.py:other", EXPERIMENT, "returned {'steps': 3}; an experiment returns a"),
+        ("experiment.py:broken", EXPERIMENT, "failed at line 11 with ZeroDivisionError"),
+        ("experiment.py", "import json\n\nimport nothing_such", "failed at line 3 with ModuleNot"),
+        ("experiment.py", "x = (1", "failed at line 1 with SyntaxError: '(' was never closed"),
+        ("experiment.py", "raise SystemExit(3)", "failed at line 1 with SystemExit: 3"),
+        ("experiment.py", "from gptjax import Confg", "cannot import name 'Confg'"),
+        ("nothing/experiment.py", "", "there is no such file"),
+    ],
+)
+def test_bad_experiments(folder, monkeypatch, capsys, selector, source, words):
+    monkeypatch.chdir(folder)
+    if source:
+        (folder / "experiment.py").write_text(source)
+    code, err = last_words(monkeypatch, capsys, "train", selector)
+    assert code == 2
+    assert err.startswith("gptjax: error[2]: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["experiment.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "'trian' is not a verb: give one of train, generate, predict, inspect. Did"),
+        (["train"], "FILE is missing: give it first, as in `gptjax train FILE`"),
+        (["train", "--steps", "3"], "FILE is missing"),
+        (["inspect"], "RUN is missing"),
+        (["inspect", "run", "--stp", "3"], "--stp: there is no such option. Did you mean '--step'"),
+        (["generate", "run", "--top-p", "1.5"], "top_p = 1.5: must be a number from 1e-30 to 1"),
+        (["generate", "run", "--max-token", "3"], "--max-token: there is no such option. Did you"),
+        (["predict", "run", "text", "more"], "'more': one argument too many"),
+    ],
+)
+def test_bad_arguments(monkeypatch, capsys, arguments, words):
+    code, err = last_words(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert err.startswith(f"gptjax: error[2]: {words}")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ConfigError("a"), 2, "a"),
+        (DataError("a"), 3, "a"),
+        (CheckpointError("a"), 4, "a"),
+        (DivergenceError("a"), 5, "a"),
+        (Interrupted("a"), 75, "a"),
+        (OSError(errno.ENOSPC, "No space", "run"), 6, "No space -- run -- free some space"),
+        (PermissionError(errno.EACCES, "Denied", "run"), 6, "Denied -- run -- give a folder that"),
+        (FileNotFoundError(errno.ENOENT, "Missing", "run"), 6, "Missing -- run -- check the path"),
+        (KeyboardInterrupt(), 130, "by the keyboard"),
+    ],
+)
+def test_what_is_said_of_an_error(error, code, words):
+    said = cli.explain(error)
+    assert said[0] == code
+    assert said[1].startswith(words)
+
+
+def test_a_bug_is_said_to_be_one(monkeypatch, capsys):
+    def fail(target: str, given: cli.Inspect) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setitem(cli.VERBS, "inspect", (fail, cli.Inspect))
+    code, err = last_words(monkeypatch, capsys, "inspect", "run")
+    assert code == 1
+    assert err.startswith(f"gptjax: error[1]: KeyError: 'x' -- {__file__}:")
+    assert "Traceback" not in err
+    assert "Traceback" in last_words(monkeypatch, capsys, "inspect", "run", "--debug")[1]
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A run that stopped at step 3, with parameters drawn by NumPy: that needs no compilation."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    model = GPTConfig(vocab_size=258, context_size=16, num_layers=2, width=16, num_heads=2)
+    config = Config(name="small", model=model, data=DataConfig(path=("text.txt",)))
+    shapes = jax.eval_shape(partial(init_state, config), jax.random.key(0))
+    draw = np.random.default_rng(0).normal
+    state = jax.tree.map(lambda leaf: jnp.asarray(draw(0, 0.1, leaf.shape), leaf.dtype), shapes)
+    save_run(folder, config, ByteTokenizer())
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, state)
+    return folder
+
+
+def printed(monkeypatch, capsys, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, arguments)])
+    code = cli.main()
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def test_inspect(monkeypatch, capsys, run_dir):
+    out = printed(monkeypatch, capsys, "inspect", run_dir)
+    assert "\nsteps 3\n" in out
+    config, _ = json.JSONDecoder().raw_decode(out.partition("\nconfig ")[2])
+    assert config["model"]["num_layers"] == 2
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert lines["embedding/tokens"][1:] == ["VD", "320", "x", "16", "float32", "20,480"]
+    parameters = [line for line in lines.values() if "float32" in line]
+    sizes = [int(line[-1].replace(",", "")) for line in parameters]
+    total = out.splitlines()[-1].replace(",", "").split()
+    assert [int(total[0]) * 4, int(total[-1])] == [sum(sizes)] * 2
+
+
+def test_generate(monkeypatch, capsys, run_dir):
+    arguments = ["generate", run_dir, "--prompt", "naïve", "--max-tokens", "8", "--seed", "1"]
+    out = printed(monkeypatch, capsys, *arguments)
+    assert out.startswith("naïve")
+    assert len(out) > len("naïve\n")
+    assert printed(monkeypatch, capsys, *arguments) == out
+    two = printed(monkeypatch, capsys, *arguments, "--num-samples", "2")
+    assert two.startswith(f"--- sample 1 of 2 ---\n{out}--- sample 2 of 2 ---\nnaïve")
+    assert not two.endswith(out)
+
+
+def test_predict(monkeypatch, capsys, run_dir):
+    out = printed(monkeypatch, capsys, "predict", run_dir, "the", "--top", "300").splitlines()
+    shares = [float(line.split()[0]) for line in out]
+    assert shares[:-1] == sorted(shares[:-1], reverse=True)
+    assert len(out) == 258 + 1  # padding of the vocabulary is no token
+    assert sum(shares) == pytest.approx(1, abs=0.02)
+    assert any(line.endswith("'e'") for line in out)
+    assert any(line.endswith("b'\\xc3'") for line in out)
+    assert any(line.endswith("end of text") for line in out)
+    assert printed(monkeypatch, capsys, "predict", run_dir)  # what begins a document
+
+
+@pytest.mark.parametrize("verb", ["generate", "predict", "inspect"])
+def test_runs_and_steps_that_are_not_there(monkeypatch, capsys, run_dir, verb):
+    for arguments in ([run_dir.parent / "smal"], [run_dir, "--step", 4]):
+        code, err = last_words(monkeypatch, capsys, verb, *arguments)
+        assert code == 4
+        assert err.startswith("gptjax: error[4]: ")
+        assert "small" in err or "give one of 3" in err
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_train_then_use(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+    settings = (
+        "--name fox --steps 4 --batch-size 8 --model.width 16 --model.num-heads 2 "
+        "--model.num-layers 2 --model.context-size 16 --sample.max-tokens 8 --save-every 2"
+    )
+
+    def gptjax(*arguments: str) -> subprocess.CompletedProcess:
+        program = "import sys; from gptjax.cli import main; sys.exit(main())"
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    done = gptjax("train", "experiment.py", *settings.split())
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "runs" / "fox" / "checkpoints").iterdir()) == [
+        "2",
+        "4",
+    ]
+    for verb in ("inspect", "generate", "predict"):
+        used = gptjax(verb, "runs/fox")
+        assert used.returncode == 0, used.stderr
+        assert used.stdout
+
+    again = gptjax("train", "experiment.py", *settings.split(), "--mesh.data", "4")
+    assert again.returncode == 2
+    assert "mesh: data 4 x" in again.stderr.splitlines()[-1]
+    empty = gptjax("train", "experiment.py", "--data.path", "nothing.txt", "--run-dir", "empty")
+    assert empty.returncode == 3
+    assert "nothing.txt" in empty.stderr.splitlines()[-1]
+    assert not (tmp_path / "empty").exists()

@@ -1,0 +1,235 @@
+"""Runs of the real command: stopped, killed, moved to other meshes and processes, and gone on
+with.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from small import PLAIN
+
+from gptjax.checkpoint import CheckpointError, Checkpoints, read_run
+from gptjax.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
+from gptjax.corpus import DataError
+from gptjax.metrics import read_metrics
+from gptjax.model import abstract_params
+from gptjax.sharding import make_mesh
+from gptjax.train import DivergenceError, fit
+
+EXPERIMENT = """
+from gptjax import *
+
+def config():
+    return Config(
+        model=GPTConfig(context_size=32, num_layers=2, width=32, num_heads=4),
+        data=DataConfig(path=("text.txt",)),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        sample=SampleConfig(max_tokens=8),
+        steps=12, batch_size=8, log_every=1, eval_every=6, save_every=4, tensorboard=False,
+    )
+"""
+MAIN = "import sys; from gptjax.cli import main; sys.exit(main())"
+STEPS = 12
+SAME = ("train/loss", "train/grad_norm", "eval/loss", "data/batch_hash")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), size)) for size in rng.integers(1, 8, 50)]
+    (folder / "text.txt").write_text(" ".join(rng.choice(words, 4000)))
+    (folder / "run.py").write_text(EXPERIMENT)
+    return folder
+
+
+def start(folder, run, *options, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, "train", "run.py", "--run-dir", run, *options],
+        cwd=folder,
+        env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for_step(folder, run, step, process):
+    """Until the run has logged the step."""
+    path = folder / run / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def in_processes(folder, run, count, *options):
+    """The command in so many processes with a device each, to their end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
+    processes = [
+        start(folder, run, *options, *launch, "--process-id", str(i)) for i in range(count)
+    ]
+    return [finish(process) for process in processes]
+
+
+def figures(folder, run):
+    """What must be the same in every run, by step; and that no step stands twice."""
+    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").open()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    return {line["step"]: {name: line.get(name) for name in SAME} for line in lines}
+
+
+def params_of(folder, run):
+    config, _ = read_run(folder / run)
+    like = abstract_params(config.model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return jax.device_get(Checkpoints(folder / run).restore_params(like, STEPS))
+
+
+def assert_same(folder, run, other):
+    assert figures(folder, run) == figures(folder, other)
+    jax.tree.map(np.testing.assert_array_equal, params_of(folder, run), params_of(folder, other))
+
+
+def assert_near(folder, run, other):
+    a, b = figures(folder, run), figures(folder, other)
+    assert a.keys() == b.keys()
+    for step in a:
+        assert a[step]["data/batch_hash"] == b[step]["data/batch_hash"]
+        assert a[step]["train/loss"] == pytest.approx(b[step]["train/loss"], rel=5e-5)
+        assert (a[step]["eval/loss"] is None) == (b[step]["eval/loss"] is None)
+        if a[step]["eval/loss"]:
+            assert a[step]["eval/loss"] == pytest.approx(b[step]["eval/loss"], rel=5e-5)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that nothing disturbed."""
+    output = finish(start(folder, "whole"))
+    assert "result     validation loss" in output and "sample" in output
+    assert list(figures(folder, "whole")) == list(range(1, STEPS + 1))
+    return "whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(folder, whole, number, code):
+    run = f"stopped-{number}"
+    process = start(folder, run)
+    wait_for_step(folder, run, 6, process)
+    process.send_signal(number)
+    finish(process, code)
+    if code == 75:
+        stopped_at = max(figures(folder, run))
+        assert Checkpoints(folder / run).latest() == stopped_at < STEPS
+    finish(start(folder, run))
+    assert_same(folder, run, whole)
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_no_more(folder, whole):
+    before = figures(folder, whole)
+    finish(start(folder, whole))
+    assert figures(folder, whole) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_give_the_numbers_of_one(folder, whole, count):
+    run = f"{count}-processes"
+    options = () if count == 2 else ("--mesh.fsdp", "2", "--mesh.tensor", "2")
+    outputs = in_processes(folder, run, count, *options)
+    assert_near(folder, run, whole)
+    assert not any("step 1/" in output for output in outputs[1:])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh_and_with_two_processes(folder, whole):
+    run = "moved"
+    process = start(folder, run)
+    wait_for_step(folder, run, 3, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 75)
+    process = start(folder, run, "--mesh.fsdp", "4", "--mesh.tensor", "2", devices=8)
+    wait_for_step(folder, run, 6, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 75)
+    in_processes(folder, run, 2, "--mesh.fsdp", "2")
+    assert_near(folder, run, whole)
+
+
+@pytest.mark.slow
+def test_all_processes_save_the_same_step_when_one_is_told_to_stop(folder, whole):
+    run = "one-of-two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    steps = ["--steps", "4000", "--save-every", "4000", "--eval-every", "4000"]
+    both = [start(folder, run, *steps, *launch, str(i)) for i in range(2)]
+    wait_for_step(folder, run, 5, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        finish(process, 75)
+    assert Checkpoints(folder / run).latest() == max(figures(folder, run)) > 5
+
+
+# --- what is refused, in this process ------------------------------------------------------------
+
+
+def small_run(folder, **changes):
+    values = {
+        "model": replace(PLAIN, vocab_size=None),
+        "data": DataConfig(path=(str(folder / "text.txt"),), store_dir=str(folder / "stores")),
+        "sample": SampleConfig(max_tokens=0),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+        "steps": 3,
+        "batch_size": 8,
+        "eval_every": None,
+        "tensorboard": False,
+    }
+    return Config(**values | changes)
+
+
+def test_a_text_too_short_is_refused_and_nothing_is_written(tmp_path):
+    (tmp_path / "text.txt").write_text("too short")
+    with pytest.raises(DataError, match="context_size"):
+        fit(small_run(tmp_path), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_another_config_does_not_go_on_with_a_run(folder, tmp_path):
+    fit(small_run(folder), tmp_path)
+    lines = read_metrics(tmp_path)
+    with pytest.raises(CheckpointError, match=r"seed was 0 and is now 1.*another --run-dir"):
+        fit(small_run(folder, seed=1), tmp_path)
+    assert read_metrics(tmp_path) == lines
+    longer = fit(small_run(folder, steps=5, log_every=1), tmp_path)
+    assert int(longer.step) == 5
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_a_run_that_diverges_stops(folder, tmp_path):
+    wild = small_run(folder, optimizer=OptimizerConfig(learning_rate=1e30), steps=50)
+    with pytest.raises(DivergenceError, match="5 steps in a row"):
+        fit(wild, tmp_path)
