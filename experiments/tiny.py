@@ -21,6 +21,8 @@ LEFT_OUT = (
     "*/site-packages/*",
     "*/dist-packages/*",
     "*/__pycache__/*",
+    "*/encodings/*",  # tables
+    "*/pydoc_data/*",
     "*/config-*/*",
     "*/_sysconfigdata*",
     "*/sitecustomize.py",

@@ -68,8 +68,7 @@ def attend(
         mask.positions_BT is not None
     ):  # the kernels know no cache; a decode step is one row of scores
         implementation = "xla"
-    out_BTNH = _IMPLEMENTATIONS[implementation](q_BTNH, k_BSKH, v_BSKH, mask)
-    return checkpoint_name(out_BTNH, "attention")
+    return _IMPLEMENTATIONS[implementation](q_BTNH, k_BSKH, v_BSKH, mask)
 
 
 def choose(
@@ -134,14 +133,15 @@ def _splash_obstacle(platform: str, context_size: int, head_size: int) -> str:
 def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> jax.Array:
     """The plain one: every score exists. The others are compared with it."""
     visible = mask.visible(slice(0, q_BTNH.shape[1]), slice(0, k_BSKH.shape[1]))
-    return jax.nn.dot_product_attention(
+    out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=visible[:, None], implementation="xla"
     )
+    return checkpoint_name(out_BTNH, "attention")
 
 
 def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> jax.Array:
-    """NVIDIA's fused kernel. Causality and window are its own; segments reach it as a mask [B, 1,
-    T, S] of single bits' worth.
+    """NVIDIA's fused kernel: no scores in memory. Causality and window are its own; segments reach
+    it as a mask [B, 1, T, S].
     """
     segments = None
     if mask.segments_BT is not None:
@@ -268,8 +268,8 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 def _splash(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, interpret: bool = False
 ) -> jax.Array:
-    """The TPU kernel that comes with JAX: it skips blocks that no query sees. Runs on each
-    device's own rows and heads.
+    """The TPU kernel that comes with JAX, which skips blocks that no query sees; on each device's
+    own rows and heads.
     """
     run = functools.partial(_splash_rows, window=mask.window, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()

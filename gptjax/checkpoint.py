@@ -288,7 +288,7 @@ class Checkpoints:
 
 
 def _is_step(name: str) -> bool:
-    return name.isascii() and name.isdigit() and name == str(int(name))
+    return name.isdecimal() and name == str(int(name))
 
 
 def _set_aside(folder: Path, ending: str) -> Path:

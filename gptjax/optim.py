@@ -12,9 +12,9 @@ from gptjax.config import Config, OptimizerConfig
 def learning_rate(config: Config, step: jax.Array | int) -> jax.Array:
     """The rate of the update that follows `step` updates, float32.
 
-    It grows linearly over the warm-up and is `learning_rate` until `decay_steps` before the end,
-    then falls to `final_learning_rate` at the last step along a cosine (Loshchilov and Hutter 2017,
-    equation 5) or a line.
+    It grows linearly over the warm-up to `learning_rate`, falls to `final_learning_rate` over the
+    `decay_steps` that end `final_steps` before the last, along a cosine (Loshchilov and Hutter
+    2017, equation 5) or a line, and stays there.
     """
     optimizer = config.optimizer
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps

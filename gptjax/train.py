@@ -341,7 +341,13 @@ class _Run:
             self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
             return state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-        init = jax.jit(functools.partial(init_state, self.config), out_shardings=shardings)
+        # It runs once, so a CPU need not optimise it: that takes four times as long as the rest.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        init = jax.jit(
+            functools.partial(init_state, self.config),
+            out_shardings=shardings,
+            compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+        )
         return init(jax.random.key(self.config.seed))
 
     def train(self, state: TrainState, start: int, rows: Rows) -> TrainState:

@@ -11,16 +11,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 assert "jax" not in sys.modules, "JAX reads these variables when it is imported, so they come first"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The scheduler that the second flag turns off starts collectives in another order on each device:
-# on few cores they wait for each other for ever.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+        # This scheduler starts collectives in another order on each device: on few cores they wait
+        # for each other for ever.
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        # Small models compile for longer than they run.
+        "--xla_backend_optimization_level=0",
     ]
 )
-# Commands that tests start compile what others have compiled: what is kept here saves most of that.
+# A compiled function is kept for the next session, and for the commands that tests start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 

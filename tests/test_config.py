@@ -134,6 +134,11 @@ def test_gpt3_has_as_many_parameters_as_the_paper_says(size, count):
     assert num_params(GPT3[size]) == pytest.approx(count, rel=0.02)
 
 
+def test_heads_are_of_the_size_that_the_papers_say():
+    assert [model.sizes["H"] for model in GPT2.values()] == [64] * 4
+    assert [model.sizes["H"] for model in GPT3.values()] == [64, 64, 96, 128, 80, 128, 128, 128]
+
+
 # --- rules -------------------------------------------------------------------------------------
 
 CONFLICTS = [  # what is changed, and words that the violation must have

@@ -120,11 +120,19 @@ def without_cache(params, prompt, model, max_tokens):
     return text[len(prompt) :]
 
 
-@every_model
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_every_mesh_gives_the_losses_gradients_and_batches_of_one_device(model, mesh):
-    config = Config(model=model, optimizer=OPTIMIZER, batch_size=16, steps=20)
-    one, many = on_one_device(config), run_steps(replace(config, mesh=mesh), 4, num_devices=8)[0]
+@pytest.mark.parametrize(
+    "name, mesh",
+    [
+        ("plain", "data=8"),
+        ("plain", "fsdp=8"),
+        ("plain", "fsdp=4 tensor=2"),
+        ("plain", "data=2 fsdp=2 tensor=2"),
+        ("modern", "fsdp=4 tensor=2"),
+    ],
+)
+def test_every_mesh_gives_the_losses_gradients_and_batches_of_one_device(name, mesh):
+    config = Config(model=MODELS[name], optimizer=OPTIMIZER, batch_size=16, steps=20)
+    one, many = on_one_device(config), run_steps(replace(config, mesh=MESHES[mesh]), 4, 8)[0]
     for name in ("train/loss", "train/grad_norm"):
         np.testing.assert_allclose(
             [step[name] for step in many], [step[name] for step in one], rtol=5e-5

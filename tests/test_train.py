@@ -218,6 +218,7 @@ def test_a_text_too_short_is_refused_and_nothing_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.slow
 def test_another_config_does_not_go_on_with_a_run(folder, tmp_path):
     fit(small_run(folder), tmp_path)
     lines = read_metrics(tmp_path)
