@@ -1,8 +1,10 @@
-"""A GPT of 2M parameters on the source code of Python's standard library, which every Python has.
+"""A small GPT on the source code of Python's standard library, which every Python has.
 
     gptjax train experiments/tiny.py
 
-Takes about two minutes on two CPU cores, and ends with a sample that looks like Python.
+Takes about two minutes on two CPU cores, and ends with a sample that looks like Python. Result:
+validation loss 1.37 nats per byte, 1.98 bits per byte (Python 3.11.7, 2 cores of an AMD EPYC with
+AVX-512, 1:50 minutes, 14,500 tokens per second; 2026-11-24).
 """
 
 import glob
@@ -34,11 +36,12 @@ def config() -> Config:
     library = glob.escape(sysconfig.get_path("stdlib"))
     return Config(
         name="tiny",
-        model=GPTConfig(context_size=256, num_layers=4, width=192, num_heads=6),
+        model=GPTConfig(context_size=128, num_layers=4, width=128, num_heads=4, positions="rope"),
         data=DataConfig(path=(f"{library}/**/*.py",), exclude=LEFT_OUT),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-        steps=400,
-        batch_size=16,
-        eval_every=100,
-        eval_batches=20,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+        steps=1300,
+        batch_size=8,
+        log_every=50,
+        eval_every=650,
+        eval_batches=100,
     )

@@ -68,6 +68,8 @@ REMEDIES = {
     errno.EIO: "check the disk",
 }
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as the variable GLIBC_TUNABLES takes it
+
 
 @dataclass(frozen=True)
 class Train:
@@ -310,9 +312,9 @@ def _use_huge_pages() -> None:
     anew: a tenth of the time of a step, which pages of 2 MiB save. glibc reads the setting only
     when a process starts, so this one starts again.
     """
-    setting, given = "glibc.malloc.hugetlb", os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] == "glibc" and setting not in given:
-        tunables = ":".join(filter(None, [given, f"{setting}=1"]))
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] == "glibc" and HUGE_PAGES.partition("=")[0] not in given:
+        tunables = ":".join(filter(None, [given, HUGE_PAGES]))
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
 
 
