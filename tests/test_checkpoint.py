@@ -1,5 +1,6 @@
 """Laws of checkpoint.py: what is restored is what was saved, or an error says why not."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -314,33 +315,33 @@ def test_a_step_that_is_not_there_or_damaged_is_an_error(tmp_path):
         checkpoints.restore(like, 5)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """Writes of more than a few bytes fail, in all threads, until the function is called."""
+    """Within it, writes of more than a few bytes fail in all threads."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:  # also when the test fails: pytest writes then
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize("learn", ["poll", "wait", "save", "exit"])
-def test_a_save_that_fails_later_is_reported_once_and_the_next_one_works(
-    tmp_path, learn, small_files, caplog
-):
-    checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(OSError, match=r"saving step 5 in .*: File too large"), checkpoints:
-        checkpoints.save(5, make_state(5))
+def test_a_save_that_fails_later_is_reported_once_and_the_next_one_works(tmp_path, learn, caplog):
+    checkpoints, failure = Checkpoints(tmp_path), r"saving step 5 in .*: File too large"
+    state, next_state = make_state(5), make_state(6)  # JAX writes files too: what it compiled
+    with small_files(), pytest.raises(OSError, match=failure), checkpoints:
+        checkpoints.save(5, state)
         if learn == "poll":
             while True:
                 checkpoints.poll()
                 time.sleep(0.01)
         if learn != "exit":
-            checkpoints.wait() if learn == "wait" else checkpoints.save(6, make_state(6))
-    small_files()
+            checkpoints.wait() if learn == "wait" else checkpoints.save(6, next_state)
     assert names(tmp_path) == set()
     with checkpoints:
         checkpoints.poll()
-        checkpoints.save(6, make_state(6))
+        checkpoints.save(6, next_state)
     assert checkpoints.steps() == [6]
     assert caplog.records == [], "Orbax logs hundreds of lines"
 
