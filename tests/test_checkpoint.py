@@ -361,9 +361,10 @@ def test_a_save_that_cannot_begin_is_an_error_and_so_is_a_bad_folder(tmp_path):
     assert checkpoints.steps() == [5]
 
 
-def test_an_error_in_the_run_is_not_replaced_by_that_of_a_save(tmp_path, small_files):
-    with pytest.raises(ZeroDivisionError) as error, Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, make_state())
+def test_an_error_in_the_run_is_not_replaced_by_that_of_a_save(tmp_path):
+    state, checkpoints = make_state(), Checkpoints(tmp_path)
+    with small_files(), pytest.raises(ZeroDivisionError) as error, checkpoints:
+        checkpoints.save(5, state)
         raise ZeroDivisionError
     assert "saving step 5" in error.value.__notes__[0]
 
