@@ -63,9 +63,8 @@ def evaluate(
         step(params, to_devices(mesh, batch, rows.batch_size))
         for batch in prefetch(make, 0, num_batches, prefetched)
     ]
-    nats, weight, num_bytes = np.asarray(jax.device_get(sums), np.float64).sum(
-        axis=0
-    )  # float64: a split has many batches
+    # Added in float64, for a split has many batches.
+    nats, weight, num_bytes = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
     return {
         "eval/loss": nats / weight,
         "eval/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),

@@ -33,9 +33,8 @@ class KVCache(NamedTuple):
     positions.
     """
 
-    k_LBSKH: tuple[
-        jax.Array, ...
-    ]  # one array a layer, so that a step writes a few bytes and copies nothing
+    # One array a layer, so that a step writes a few bytes and copies nothing.
+    k_LBSKH: tuple[jax.Array, ...]
     v_LBSKH: tuple[jax.Array, ...]
     positions_BS: jax.Array  # of each slot's token in its row; -1 where there is none
     length: jax.Array
@@ -296,9 +295,8 @@ def abstract_params(config: GPTConfig, mesh: Mesh) -> Any:
 
 def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
     """Parameters in boxes that hold their letters: boxes exist in this section only."""
-    config = replace(
-        config, compute_dtype="float32", attention="xla"
-    )  # no parameter depends on either
+    # No parameter depends on either.
+    config = replace(config, compute_dtype="float32", attention="xla")
     embedding_key, blocks_key, head_key = jax.random.split(key, 3)
     ids_BT = jnp.zeros((1, 1), jnp.int32)
     x_BTD = jnp.zeros((1, 1, config.width), config.compute_dtype)
@@ -476,8 +474,8 @@ def weighted_loss(
     """The sum of weights x losses over the batch, in nats: what training minimises.
 
     Equal to `(batch.weights_BT * token_losses(...)).sum()`, but its gradient costs three products
-    with the unembedding
-    instead of four: they are made in the forward pass, while the logits of a piece of T exist.
+    with the unembedding instead of four: they are made in the forward pass, while the logits of a
+    piece of T exist.
     """
     config = _resolved(config)
     x_BTD, unembedding_VD, _ = _hidden(

@@ -126,7 +126,8 @@ def loss_and_grads(
     """The mean loss of a batch over its weights, and its gradient, computed in `config.accumulate`
     parts.
     """
-    weights_BT = batch.weights_BT / jnp.maximum(batch.weights_BT.sum(), 1)
+    total = batch.weights_BT.sum()
+    weights_BT = batch.weights_BT / jnp.where(total == 0, 1, total)  # a batch of padding alone: 0
     batch = batch._replace(weights_BT=weights_BT)
     part_loss = jax.value_and_grad(
         lambda params, part, key: weighted_loss(params, part, config.model, key=key)
@@ -275,21 +276,15 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
     if not (run_dir / "config.json").exists():
         return
     before, _ = read_run(run_dir)
-    choices = {
-        "attention",
-        "remat",
-        "loss_piece",
-        "compute_dtype",
-    }  # of how to compute, not of what
+    # Of how and where to compute, not of what.
+    choices = {"attention", "remat", "loss_piece", "compute_dtype", "store_dir", "prefetch"}
     pairs = [
         ("seed", before.seed, config.seed),
         ("batch_size", before.batch_size, config.batch_size),
     ]
     for part in ("model", "data"):
         old, new = getattr(before, part), getattr(config, part)
-        names = (
-            {field.name for field in dataclasses.fields(old)} - choices - {"store_dir", "prefetch"}
-        )
+        names = {field.name for field in dataclasses.fields(old)} - choices
         pairs += [
             (f"{part}.{name}", getattr(old, name), getattr(new, name)) for name in sorted(names)
         ]
@@ -478,9 +473,8 @@ class _Clock:
         self.tokens = config.batch_size * config.model.context_size
         dtype = resolve(config.model, mesh.devices.flat[0].platform)[0].compute_dtype
         peak = peak_flops(mesh.devices.flat[0], dtype)
-        self.most = (
-            None if peak is None else peak * mesh.size / flops_per_token(config.model)
-        )  # tokens a second
+        # Tokens a second that the devices could reach.
+        self.most = None if peak is None else peak * mesh.size / flops_per_token(config.model)
         self.step, self.time = None, 0.0
 
     def restart(self, step: int) -> None:

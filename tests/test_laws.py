@@ -169,6 +169,15 @@ def test_dropout_is_the_same_on_every_mesh():
     assert kept[0]["train/loss"] != one[0]["train/loss"]
 
 
+def test_the_loss_is_the_mean_over_the_weights_however_small_they_are():
+    config, key = Config(model=PLAIN, batch_size=4), jax.random.key(0)
+    batch, run = random_batch(config), jax.jit(loss_and_grads, static_argnames="config")
+    params = params_of(PLAIN)
+    small = batch._replace(weights_BT=batch.weights_BT * 1e-4)
+    loss, lighter = (run(params, one, config=config, key=key)[0] for one in (batch, small))
+    np.testing.assert_allclose(lighter, loss, rtol=1e-5)
+
+
 @pytest.mark.parametrize("accumulate, mesh", [(4, MeshConfig()), (2, MESHES["data=8"])])
 def test_accumulated_parts_are_one_batch_also_with_unequal_weights(accumulate, mesh):
     config = Config(model=PLAIN, optimizer=OPTIMIZER, batch_size=16, steps=20)
