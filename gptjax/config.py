@@ -108,17 +108,50 @@ def default_ffn_size(width: int, activation: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """One store of a mixture: where its text comes from, and its share of the rows."""
+
+    name: str  # of its validation metrics, eval/NAME/loss
+    path: tuple[str, ...]  # as DataConfig.path
+    exclude: tuple[str, ...] = ()  # as DataConfig.exclude
+    valid_path: tuple[str, ...] = ()  # as DataConfig.valid_path
+    holdout: Share = 0.1  # as DataConfig.holdout
+    weight: NotNegative = 1.0  # rows of a batch are shared out in proportion
+    # (step, weight) pairs, steps ascending: from that step on the weight is this one
+    weights: tuple[tuple[int, float], ...] = ()
+    max_epochs: Count | None = None  # refuse a run that reads the store more often
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where text comes from and how it becomes rows."""
 
-    # files, folders, globs (.gz is opened), or FILE.py:function that yields documents
+    # files, folders, globs (.gz, .bz2, .zst are opened), URLs (gs://, s3://, https://), tfds:NAME,
+    # folders of Hugging Face datasets, or FILE.py:function that yields documents
     path: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()  # globs; files whose path matches one are left out
     valid_path: tuple[str, ...] = ()  # as path, for validation; without it `holdout` decides
     # share kept for validation: whole documents, or the tail of a single one
     holdout: Share = 0.1
-    tokenizer: Literal["bytes"] = "bytes"  # bytes: 256 bytes, end of text, padding
-    store_dir: str = "stores"  # token stores are built under it, and found again
+    # of files: auto goes by the ending, .jsonl .csv .tsv .parquet, and takes all others as text
+    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    text_field: str = "text"  # of a record that has several fields, such as a line of JSON
+    tfds_split: str = "train"  # of tfds:NAME
+    tfds_dir: str | None = None  # where TFDS keeps data sets; None: as TFDS does
+    tfds_prepare: bool = False  # download and prepare a data set that is not there
+    on_bad_record: Literal["error", "skip"] = "error"  # skip: count and list them; at most 0.1 %
+    filter: str | None = None  # FILE.py:function of a document's text; False leaves it out
+    deduplicate: bool = False  # leave out documents whose text has been before
+    # several stores, read in proportion to their weights; then path and valid_path stay empty
+    mixture: tuple[MixtureConfig, ...] = ()
+    max_epochs: Count | None = None  # refuse a run that reads the text more often
+    # (first, last) pairs of batches that are passed over, as if the text had them not
+    skip: tuple[tuple[int, int], ...] = ()
+    # bytes: 256 bytes, end of text, padding; or a SentencePiece .model, a tokenizer.json, or a
+    # folder with that, vocab.json and merges.txt, or encoder.json and vocab.bpe
+    tokenizer: str = "bytes"
+    store_dir: str = "stores"  # token stores are built under it, and found again; may be a URL
+    workers: Count | None = None  # processes that tokenise; None: as many as there are cores
     shuffle: bool = True  # another order of rows in every epoch; otherwise the order of the text
     prefetch: Whole = 4  # batches made ahead of the step, off the main thread
 
