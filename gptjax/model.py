@@ -330,20 +330,22 @@ def scan_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTCon
       x_BTD: the embedded tokens.
       config: the model. Layers whose windows differ are unrolled within a turn of the loop.
     """
-    windows = config.windows
-    turns = config.num_layers // len(windows)
+    windows, layers = config.windows, (blocks_L, jnp.arange(config.num_layers))
+    period = len(windows)
+    if period > 1:
+        layers = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
 
     def turn(x_BTD: jax.Array, layers: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
         for i, window in enumerate(windows):
-            params, index = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-            x_BTD = remat(functools.partial(block, window=window), config.remat)(
-                params, x_BTD, index
-            )
+            # What the backward pass keeps of the parameters is then the stack itself, not a copy.
+            def layer(layers, x_BTD, i=i, window=window):
+                params, index = layers if period == 1 else jax.tree.map(lambda x: x[i], layers)
+                return block(params, x_BTD, index, window=window)
+
+            x_BTD = remat(layer, config.remat)(layers, x_BTD)
         return x_BTD, None
 
-    layers = (blocks_L, jnp.arange(config.num_layers))
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(turns, len(windows), *leaf.shape[1:]), layers)
-    return jax.lax.scan(turn, x_BTD, grouped)[0]
+    return jax.lax.scan(turn, x_BTD, layers)[0]
 
 
 def unroll_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
@@ -592,23 +594,37 @@ def _unembed_loss(x_BTD, unembedding_VD, targets_BT, weights_BT, config: GPTConf
 
 
 def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config: GPTConfig):
-    def piece_gradients(dunembedding_VD: jax.Array, piece: tuple[jax.Array, ...]):
+    """The loss, and its gradients, made while the logits of a piece exist.
+
+    The softmax is never divided by its sums: that scales rows, so it is left to the products with
+    D, which is much smaller than V.
+    """
+
+    def piece_gradients(dunembedding_DV: jax.Array, piece: tuple[jax.Array, ...]):
         x, targets, weights = piece
         logits_BTV = _logits(x, unembedding_VD, config)
         losses, exp_BTV, sums = _softmax(logits_BTV, targets)
-        onehot_BTV = targets[..., None] == jnp.arange(config.sizes["V"])
-        dlogits_BTV = exp_BTV * (weights / sums)[..., None] - onehot_BTV * weights[..., None]
+        hit_BTV = targets[..., None] == jnp.arange(config.sizes["V"])
+        dlogits_BTV = jnp.where(hit_BTV, exp_BTV - sums[..., None], exp_BTV)
         dlogits_BTV = constrain(dlogits_BTV.astype(x.dtype), "BTV")
-        dx = jnp.einsum("BTV,VD->BTD", dlogits_BTV, unembedding_VD)
-        dunembedding_VD += jnp.einsum(
-            "BTV,BTD->VD", dlogits_BTV, x, preferred_element_type=jnp.float32
+        scale = (weights / sums)[..., None]
+        dx = jnp.einsum(
+            "BTV,VD->BTD", dlogits_BTV, unembedding_VD, preferred_element_type=jnp.float32
         )
-        return constrain(dunembedding_VD, "VD"), (dx, (losses * weights).sum())
+        # As DV, not VD: that would transpose the larger factor of the product.
+        dunembedding_DV += jnp.einsum(
+            "BTD,BTV->DV",
+            (x * scale).astype(x.dtype),
+            dlogits_BTV,
+            preferred_element_type=jnp.float32,
+        )
+        dunembedding_DV = constrain(dunembedding_DV, "DV")
+        return dunembedding_DV, ((dx * scale).astype(x.dtype), (losses * weights).sum())
 
     pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
-    zeros_VD = jnp.zeros(unembedding_VD.shape, jnp.float32)
-    dunembedding_VD, (dx, losses) = jax.lax.scan(piece_gradients, zeros_VD, pieces)
-    return losses.sum(), (_join(dx), dunembedding_VD.astype(unembedding_VD.dtype))
+    zeros_DV = jnp.zeros(unembedding_VD.shape[::-1], jnp.float32)
+    dunembedding_DV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_DV, pieces)
+    return losses.sum(), (_join(dx), dunembedding_DV.T.astype(unembedding_VD.dtype))
 
 
 def _unembed_loss_backward(

@@ -100,14 +100,14 @@ def train_step(
     grads = jax.tree.map(constrain_stored, grads, letters)
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config, state.step)
-    direction, opt_state = make_optimizer(config.optimizer, letters).update(
-        grads, state.opt_state, state.params
-    )
-    params = jax.tree.map(lambda value, change: value - rate * change, state.params, direction)
-
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(
-        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    direction, opt_state = make_optimizer(config.optimizer, letters).update(
+        grads, state.opt_state, state.params, finite=finite
+    )
+    params = jax.tree.map(
+        lambda value, change: jnp.where(finite, value - rate * change, value),
+        state.params,
+        direction,
     )
     skipped = jnp.where(finite, 0, state.skipped + 1)
     metrics = {
