@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from gptjax.config import ConfigError, DataConfig, did_you_mean, load_function
 
@@ -39,7 +37,7 @@ ENDINGS = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet
 # What stores call the checksum of a file, or else the time when it was written.
 TAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Last-Modified")
 MAGIC = re.compile(r"[*?[]")  # in a glob
-REMEDY = "mend it, or leave such records out with --data.on-bad-record skip"
+SKIP = ", or leave such records out with --data.on-bad-record skip"
 
 OnBad = Callable[["DataError"], None]
 
@@ -177,9 +175,7 @@ def _stat(where: str) -> Fingerprint:
 # --- finding -----------------------------------------------------------------------------------
 
 
-def find_sources(
-    config: DataConfig, field: Literal["path", "valid_path"] = "path"
-) -> list[Source]:
+def find_sources(config: DataConfig, field: Literal["path", "valid_path"] = "path") -> list[Source]:
     """The sources that a field's paths name: for each in turn, sorted by place below it; each once.
 
     `data.exclude` has globs whose `*` crosses folders, matched with a source's place below its
@@ -487,19 +483,16 @@ def _refuse(on_bad: OnBad | None, error: DataError) -> None:
     on_bad(error)
 
 
-def _while_readable(source: Source, items: Iterable[Any], on_bad: OnBad | None) -> Iterator[Any]:
-    """What an iterator gives, up to its end or to where what it reads is damaged."""
-    iterator = iter(items)
+def _while_readable(lines: Iterator[bytes], on_bad: OnBad | None) -> Iterator[bytes]:
+    """The lines of a file; one that is cut short ends there, once that is told."""
     while True:
         try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:
-            if not isinstance(error, DataError):
-                error = DataError(f"{source.where}: damaged ({_said(error)}); copy it again")
+            line = next(lines, None)
+        except DataError as error:
             return _refuse(on_bad, error)
-        yield item
+        if line is None:
+            return
+        yield line
 
 
 def _record(cursor: int, position: int, content: bytes) -> Record:
@@ -534,18 +527,27 @@ def _read_text(
         return
     with _open(source.where) as file:
         begin = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-        if _packing(source.where):
-            # Only unpacking all of it tells its size, and that it is whole.
+        stop = _size(source.where)
+        if stop is None:
             file.seek(0)
             pieces = iter(partial(file.read, READ_BYTES), b"")
             try:
                 stop = sum(map(len, pieces))
             except DataError as error:
                 return _refuse(on_bad, error)
-        else:
-            stop = _stat(source.where).size
     if stop > begin:
         yield Record(0, 0, stop - begin, partial(_file_pieces, source.where, begin, stop))
+
+
+def _size(where: str) -> int | None:
+    """The bytes of a text; None if only reading all of it tells, and whether it is whole."""
+    if _packing(where):
+        return None
+    if not _is_url(where):
+        return os.path.getsize(where)
+    system, path = _file_system(where)
+    with _reaching(where):
+        return system.info(path)["size"]
 
 
 def _file_pieces(
@@ -573,7 +575,7 @@ def _file_pieces(
 
 def _bad_line(source: Source, number: int, byte: int, why: str) -> DataError:
     unpacked = " unpacked" if _packing(source.where) else ""
-    return DataError(f"{source.where}:{number} (byte {byte:,}{unpacked}): {why}; {REMEDY}")
+    return DataError(f"{source.where}:{number} (byte {byte:,}{unpacked}): {why}; mend it{SKIP}")
 
 
 def _read_jsonl(
@@ -584,7 +586,7 @@ def _read_jsonl(
         if cursor:
             lines.move(cursor, position)
         start, number = lines.offset, lines.number
-        for line in _while_readable(source, lines, on_bad):
+        for line in _while_readable(lines, on_bad):
             try:
                 content = _json_text(line, source.text_field)
             except _Flaw as flaw:
@@ -713,18 +715,32 @@ def _read_csv(
 # --- tables and functions ----------------------------------------------------------------------
 
 
-def _numbered(
-    source: Source, values: Iterable[Any], first: int, on_bad: OnBad | None
+def records_of(
+    texts: Iterable[str | bytes],
+    where: str,
+    first: int = 0,
+    on_bad: OnBad | None = None,
+    remedy: str = "",
 ) -> Iterator[Record]:
-    """Records of values that are texts, numbered from `first`."""
-    for number, value in enumerate(_while_readable(source, values, on_bad), first):
+    """A record for each text that a caller, a function or a table gives, numbered from `first`.
+
+    Raises:
+      DataError: for what is no text; it begins with `where` and ends with `remedy`.
+    """
+    _check_several(texts, where)
+    for number, text in enumerate(texts, first):
         try:
-            content = _to_bytes(value)
+            content = _to_bytes(text)
         except _Flaw as flaw:
-            _refuse(on_bad, DataError(f"{source.where}: record {number:,} {flaw}; {REMEDY}"))
+            _refuse(on_bad, DataError(f"{where}: document {number:,} {flaw}{remedy}"))
         else:
             if content:
                 yield _record(number, number, content)
+
+
+def _check_several(texts: Iterable[str | bytes], where: str) -> None:
+    if isinstance(texts, str | bytes):
+        raise DataError(f"{where}: one {type(texts).__name__} was given; give a list of texts")
 
 
 def _check_field(source: Source, names: Iterable[str]) -> None:
@@ -745,20 +761,26 @@ def _read_parquet(
             ) from error
         _check_field(source, table.schema_arrow.names)
 
-        def values() -> Iterator[Any]:
-            first = 0
-            for group in range(table.num_row_groups):
-                past = first + table.metadata.row_group(group).num_rows
-                if past > cursor:
-                    batches = table.iter_batches(
-                        1024, row_groups=[group], columns=[source.text_field]
-                    )
-                    column = (value for batch in batches for value in batch.column(0))
-                    for value in itertools.islice(column, max(cursor - first, 0), None):
-                        yield value.as_py()
-                first = past
+        values = _parquet_values(table, source.text_field, cursor)
+        yield from records_of(_said_of(source, values), source.where, cursor, on_bad, SKIP)
 
-        yield from _numbered(source, values(), cursor, on_bad)
+
+def _parquet_values(table: Any, field: str, start: int) -> Iterator[str | bytes | None]:
+    """The values of a column from number `start` on, read by row groups."""
+    first = 0
+    for group in range(table.num_row_groups):
+        past = first + table.metadata.row_group(group).num_rows
+        if past > start:
+            batches = table.iter_batches(1024, row_groups=[group], columns=[field])
+            values = (value.as_py() for batch in batches for value in batch.column(0))
+            yield from itertools.islice(values, max(start - first, 0), None)
+        first = past
+
+
+def _said_of(source: Source, values: Iterable[Any]) -> Iterator[Any]:
+    """The same values; when reading one fails, that is said of the source."""
+    with _reaching(source.where):
+        yield from values
 
 
 def _read_hf(
@@ -774,7 +796,7 @@ def _read_hf(
         for first in range(cursor, len(data), 1024)
         for value in table[first : first + 1024].column(0)
     )
-    yield from _numbered(source, values, cursor, on_bad)
+    yield from records_of(_said_of(source, values), source.where, cursor, on_bad, SKIP)
 
 
 def _is_hf(folder: Path) -> bool:
@@ -808,19 +830,85 @@ def _read_tfds(
     with _reaching(source.where):
         data = builder.as_data_source(split=split)
     values = (data[i][source.text_field] for i in range(cursor, len(data)))
-    yield from _numbered(source, values, cursor, on_bad)
+    yield from records_of(_said_of(source, values), source.where, cursor, on_bad, SKIP)
 
 
 def _tfds_builder(where: str, folder: str | None) -> tuple[Any, str]:
     """The builder of a TFDS data set, and the split."""
+    for module in ("importlib_resources", "array_record"):  # TFDS needs them without saying so
+        _needed(module, "tfds", where)
     tfds = _needed("tensorflow_datasets", "tfds", where)
-    _needed("array_record", "tfds", where)
     name, _, split = where.removeprefix("tfds:").partition("@")
     try:
-        with _reaching(where):
-            return tfds.builder(name, data_dir=folder), split
-    except DataError as error:
-        if isinstance(error.__cause__, tfds.core.DatasetNotFoundError):
-            hint = did_you_mean(name.partition("/")[0], tfds.list_builders())
-            raise DataError(f"{where}: TFDS has no such data set.{hint}") from None
+        return tfds.builder(name, data_dir=folder), split
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        place = folder or tfds.core.constants.DATA_DIR
+        raise DataError(
+            f"{where}: TFDS knows no such data set, and {place} holds none."
+            f"{did_you_mean(name.partition('/')[0], known)}"
+        ) from None
+    except Exception as error:
+        raise DataError(f"{where}: TFDS cannot read this data set ({_said(error)})") from error
+
+
+def _tfds_source(given: str, label: str, config: DataConfig) -> Source:
+    """A split of a TFDS data set, prepared now if `tfds_prepare` consents to that."""
+    name, _, split = given.removeprefix("tfds:").partition("@")
+    split = split or config.tfds_split
+    builder, _ = _tfds_builder(given, config.tfds_dir)
+    if not builder.is_prepared():
+        folder = builder.data_path
+        if not config.tfds_prepare:
+            raise DataError(
+                f"{label}: {given}: this data set is not prepared in {folder}; prepare it with "
+                f"tfds.builder({name!r}, data_dir=...).download_and_prepare(file_format="
+                "'array_record'), or consent to that being done now with --data.tfds-prepare"
+            )
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:
+            raise DataError(f"{label}: {given}: TFDS cannot prepare it ({_said(error)})") from error
+    formats = sorted(form.value for form in builder.info.available_file_formats())
+    if "array_record" not in formats:
+        raise DataError(
+            f"{label}: {given}: prepared as {', '.join(formats)}, which cannot be read without "
+            "TensorFlow; prepare it anew in another data.tfds_dir with --data.tfds-prepare"
+        )
+    try:
+        builder.info.splits[split]
+    except (ValueError, KeyError):
+        splits = list(builder.info.splits)
+        raise DataError(
+            f"{label}: {given}: there is no split {split!r} but {', '.join(map(repr, splits))}; "
+            f"data.tfds_split names one, and so does tfds:NAME@SPLIT.{did_you_mean(split, splits)}"
+        ) from None
+    version = "" if ":" in name else f":{builder.version}"
+    where = f"tfds:{name}{version}@{split}"
+    return Source(where, where, "tfds", config.text_field, config.tfds_dir)
+
+
+def _tfds_files(source: Source) -> list[str]:
+    builder, split = _tfds_builder(source.where, source.tfds_dir)
+    return sorted({str(path) for path in builder.info.splits[split].filepaths})
+
+
+def _read_function(
+    source: Source, cursor: int, on_bad: OnBad | None, position: int | None
+) -> Iterator[Record]:
+    texts = itertools.islice(_yielded(source), cursor, None)
+    yield from records_of(texts, source.where, cursor, on_bad, SKIP)
+
+
+def _yielded(source: Source) -> Iterator[str | bytes]:
+    """What a function yields; when it fails, that is said of it."""
+    function = load_function(source.where)
+    try:
+        texts = function()
+        _check_several(texts, source.where)
+        yield from texts
+    except DataError:
         raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise DataError(f"{source.where}: failed with {kind}: {error}") from error
