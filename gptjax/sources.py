@@ -300,11 +300,13 @@ def _file_system(where: str) -> tuple[Any, str]:
         raise ConfigError(
             f"{where}: {protocol}:// needs a package that is not installed ({error})"
         ) from error
-    except ValueError as error:
+    except Exception as error:
         known = fsspec.available_protocols()
+        if protocol in known:
+            raise DataError(f"{where}: cannot be read ({_said(error)})") from error
         raise ConfigError(
-            f"{where}: nothing is known of {protocol}:// ({error}); give gs://, s3://, https:// "
-            f"or another of fsspec's.{did_you_mean(protocol, known)}"
+            f"{where}: nothing is known of {protocol}://; give gs://, s3://, https:// or another "
+            f"that fsspec reads.{did_you_mean(protocol, known)}"
         ) from error
 
 
@@ -329,7 +331,8 @@ def _expand_url(given: str, label: str, config: DataConfig) -> list[Source]:
         system.invalidate_cache()  # what was listed before may have changed
         if system.isfile(path):
             name = given.partition("?")[0].rpartition("/")[2]
-            return [_file_source(name, given, config)]
+            where = given if "::" in given else system.unstrip_protocol(path)
+            return [_file_source(name, where, config)]
         root = "/".join(itertools.takewhile(lambda part: not MAGIC.search(part), path.split("/")))
         if root != path:
             found = system.glob(path, detail=True)
@@ -337,13 +340,15 @@ def _expand_url(given: str, label: str, config: DataConfig) -> list[Source]:
             if found and not files:
                 raise _only_folders(given, label)
         else:
-            root = path.rstrip("/")
-            found = system.find(path) if system.isdir(path) else []
-            files = [file for file in found if "/." not in file.removeprefix(root)]
+            files = system.find(path) if system.isdir(path) else []
+        if "/." not in path:  # not of hidden files
+            files = [file for file in files if "/." not in file.removeprefix(root)]
         if not files:
-            siblings = system.ls(root, detail=False) if root != path and system.isdir(root) else []
-            names = sorted(sibling.rstrip("/").rpartition("/")[2] for sibling in siblings)
-            raise _no_match(given, label, root, names)
+            folder = root if root != path else system._parent(path)
+            names = []
+            if system.isdir(folder):
+                names = [name.rpartition("/")[2] for name in system.ls(folder, detail=False)]
+            raise _no_match(given, label, system.unstrip_protocol(folder), sorted(names))
         places = sorted((file.removeprefix(root).lstrip("/"), file) for file in files)
         return [_file_source(name, system.unstrip_protocol(file), config) for name, file in places]
 
@@ -357,7 +362,9 @@ def _only_folders(given: str, label: str) -> DataError:
 
 def _no_match(given: str, label: str, folder: str, names: list[str]) -> DataError:
     listing = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return DataError(f"{label}: {given}: matches nothing; {folder} holds {listing or 'nothing'}")
+    holds = f"{folder} holds {listing or 'nothing'}"
+    hint = did_you_mean(given.rstrip("/").rpartition("/")[2], names)
+    return DataError(f"{label}: {given}: matches nothing; {holds}.{hint}")
 
 
 # --- bytes -------------------------------------------------------------------------------------
