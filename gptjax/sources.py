@@ -616,8 +616,9 @@ def _json_text(line: bytes, field: str) -> bytes:
     except json.JSONDecodeError as error:
         if not line.strip():
             return b""
+        why = error.msg if text[error.pos :].strip() else "the line ends"
         byte = len(text[: error.pos].encode())
-        raise _Flaw(f"column {error.colno} is not JSON ({error.msg})", byte) from None
+        raise _Flaw(f"column {error.colno} is not JSON ({why})", byte) from None
     except RecursionError:
         raise _Flaw("JSON in JSON, too deep to be read") from None
     except ValueError as error:  # a number of too many digits

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from gptjax.config import ConfigError, DataConfig
@@ -85,15 +86,15 @@ def hugging_face(folder, texts, split=""):
     return folder / "hf"
 
 
-def prepare_tfds(folder, texts, name="Plain"):
+def prepare_tfds(folder, texts):
     tfds = pytest.importorskip("tensorflow_datasets", reason="needs gptjax[tfds]")
     pytest.importorskip("array_record", reason="needs gptjax[tfds]")
 
-    class Builder(tfds.core.GeneratorBasedBuilder):
+    class Plain(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            features = {"id": tfds.features.Scalar("int64"), "text": tfds.features.Text()}
+            features = {"id": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}
             features = tfds.features.FeaturesDict(features)
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -104,9 +105,7 @@ def prepare_tfds(folder, texts, name="Plain"):
             for i, text in enumerate(chosen):
                 yield i, {"id": i, "text": text}
 
-    with tfds.core.registered.skip_registering():
-        builder = type(name, (Builder,), {"__module__": __name__})(data_dir=folder)
-    builder.download_and_prepare(file_format="array_record")
+    Plain(data_dir=folder).download_and_prepare(file_format="array_record")
 
 
 def function(folder, texts):
@@ -150,10 +149,11 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def made(request, tmp_path):
     """A source of a kind, and its texts; some have an empty one among them, which is left out."""
-    texts = TEXTS[:3] + [""] + TEXTS[3:]
-    texts = texts if request.param == "tsv" else texts + LINES
+    texts = [*TEXTS[:3], "", *TEXTS[3:]]
     if request.param == "tsv":
         texts = [text.replace("\t", " ") for text in texts]
+    else:
+        texts += LINES
     (source,) = find(KINDS[request.param](tmp_path, texts), tfds_dir=str(tmp_path))
     expected = texts[:1] if "text" in request.param else [text for text in texts if text]
     yield source, [text.encode() for text in expected]
@@ -209,7 +209,7 @@ def test_large_texts_come_in_pieces(tmp_path):
 
 def test_what_a_user_reads_of_a_position(tmp_path):
     lines = find(write(tmp_path / "a.jsonl", '"a"\n\n{"text": "b"}\r\n"c"'))[0].records()
-    assert [record[:2] for record in lines] == [(0, 1), (5, 3), (21, 4)]
+    assert [record[:2] for record in lines] == [(0, 1), (5, 3), (20, 4)]
     rows = find(write(tmp_path / "a.csv", 'id,text\n1,"x\ny"\n2,z\n'))[0].records()
     assert [record[:2] for record in rows] == [(8, 2), (16, 4)]
 
@@ -365,7 +365,7 @@ GOOD = '{"text": "good"}'
     [
         ('{"text": "a" "b"}', 30, r"column 14 is not JSON \(Expecting ',' delimiter\)"),
         ('{"a": "é", "text": x}', 37, r"column 20 is not JSON \(Expecting value\)"),
-        ('{"text": "a', 26, r"column 10 is not JSON \(Unterminated string"),
+        ('{"text": "a', 28, r"column 12 is not JSON \(the line ends\)"),
         ('{"text": "a\x00"}', 28, r"column 12 is not JSON \(Invalid control character"),
         ("{}", 17, "there is no field 'text' but none at all"),
         (
@@ -491,7 +491,7 @@ def test_files_that_are_no_such_files(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf"])
 def test_empty_files_have_no_records(tmp_path, name, data):
     pack = {".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)
-    path = write(tmp_path / name, pack(data) if data else b"")
+    path = write(tmp_path / name, pack(data))
     if name != "a.csv" or not data:
         assert read(*find(path)) == []
 
@@ -530,7 +530,6 @@ def test_a_function_that_fails_is_no_bad_record(tmp_path, name, message):
         read(*find(f"{path}:{name}"), on_bad=lambda _: None)
 
 
-@pytest.mark.slow
 def test_the_memory_of_large_texts_is_bounded(tmp_path):
     """A text costs the same whatever its size; a line of JSON about three times its own."""
     script = (
