@@ -203,22 +203,29 @@ def _lenient() -> tyro.constructors.ConstructorRegistry:
     tyro would stop at the first such value. So they all reach the checks, which name them together.
     """
     registry = tyro.constructors.ConstructorRegistry()
-    words = {int: "INT", float: "FLOAT", str: "TEXT", tuple: "[TEXT ...]"}
+    words = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+    def word(kind: Kind) -> str:
+        if kind.base is not tuple:
+            return "|".join(kind.choices) or words[kind.base]
+        if dataclasses.is_dataclass(kind.items[0]):
+            return "(in FILE.py)"
+        each = " ".join(word(kind_of(item)) for item in kind.items)
+        return f"[{each} ...]" if kind.many else each
 
     @registry.primitive_rule
     def value(
         info: tyro.constructors.PrimitiveTypeInfo,
     ) -> tyro.constructors.PrimitiveConstructorSpec | None:
         kind = kind_of(info.type)
-        if kind.base not in words:
+        if kind.base is not tuple and kind.base not in words:
             return None
-        word = "|".join(kind.choices) or words[kind.base]
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1 if tyro.conf.Positional in info.markers else "*",
-            metavar=f"{word}|None" if kind.optional else word,
+            metavar=f"{word(kind)}|None" if kind.optional else word(kind),
             instance_from_str=lambda texts: _value(texts, kind),
             is_instance=kind.takes,
-            str_from_instance=lambda given: [*given] if kind.base is tuple else [str(given)],
+            str_from_instance=lambda given: [*_texts(given)],
         )
 
     return registry
@@ -226,14 +233,31 @@ def _lenient() -> tyro.constructors.ConstructorRegistry:
 
 def _value(texts: list[str], kind: Kind) -> Any:
     """What texts stand for in a field of a kind; where that is nothing, the texts themselves."""
-    if kind.base is tuple or len(texts) != 1:
-        return tuple(texts)
     if kind.optional and texts == ["None"]:
         return None
+    if kind.base is tuple:
+        inner = kind_of(kind.items[0])
+        if kind.many and inner.base is tuple:  # pairs, written one after the other
+            size = len(inner.items)
+            return tuple(_value(texts[i : i + size], inner) for i in range(0, len(texts), size))
+        kinds = [inner] * len(texts) if kind.many else map(kind_of, kind.items)
+        known = tuple(_value([text], one) for text, one in zip(texts, kinds, strict=False))
+        return known + tuple(texts[len(known) :])
+    if len(texts) != 1:
+        return tuple(texts)
     try:
         return kind.base(texts[0])
-    except ValueError:
+    except (TypeError, ValueError):
         return texts[0]
+
+
+def _texts(given: Any) -> Iterator[str]:
+    """The texts that stand for a value; of a store of a mixture its name."""
+    for item in given if isinstance(given, tuple) else [getattr(given, "name", given)]:
+        if isinstance(item, tuple) or dataclasses.is_dataclass(item):
+            yield from _texts(item)
+        else:
+            yield str(item)
 
 
 def _options(dataclass_type: type, prefix: str = "") -> Iterator[str]:
