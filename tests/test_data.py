@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.corpus import DataError, build_store
-from gptjax.data import Batch, Rows, batch_at, check_rows, permute, prefetch
+from gptjax.data import Batch, Member, Rows, batch_at, check_rows, permute, prefetch
 from gptjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -19,7 +20,7 @@ END, PAD = TOKENIZER.end, TOKENIZER.pad
 def make_rows(tmp_path, documents, **fields):
     store = build_store(documents, TOKENIZER, tmp_path / "store")
     given = dict(context_size=8, batch_size=5, seed=3, shuffle=True, pad=PAD, end=END)
-    return Rows(store=store, **given | fields)
+    return Rows(members=(Member(store=store),), **given | fields)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_every_target_once_an_epoch(tmp_path, context_size, shuffle):
     drawn = all_rows(
         rows, range(3 * rows.num_rows)
     )  # so many epochs as a batch has rows, three times
-    tokens = rows.store.tokens.read().result()
+    tokens = rows.members[0].store.tokens.read().result()
     for epoch in range(0, 3 * rows.batch_size):
         part = Batch(*(x[epoch * rows.num_rows : (epoch + 1) * rows.num_rows] for x in drawn))
         real = part.weights_BT == 1
@@ -114,9 +115,9 @@ def test_hosts_share_one_batch(tmp_path, hosts):
 def test_a_batch_depends_on_nothing_else(rows):
     steps = np.random.default_rng(0).permutation(40)
     drawn = {int(step): batch_at(int(step), rows, which=slice(0, 5)) for step in steps}
-    again = Rows(**vars(rows))
+    again = replace(rows)
     assert all(equal(drawn[step], batch_at(step, again, which=slice(0, 5))) for step in range(40))
-    other = Rows(**vars(rows) | {"seed": 4})
+    other = replace(rows, seed=4)
     assert not equal(drawn[0], batch_at(0, other, which=slice(0, 5)))
 
 
