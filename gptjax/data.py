@@ -467,6 +467,7 @@ def write_exclusions(run_dir: Path, exclusions: Iterable[Exclusion]) -> None:
     new = run_dir / "skipped.json.new"
     with new.open("w", encoding="utf-8") as file:
         json.dump([asdict(one) for one in exclusions], file, indent=2, ensure_ascii=False)
+        file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     new.rename(run_dir / "skipped.json")
