@@ -14,7 +14,14 @@ from small import PLAIN, fresh
 
 from gptjax import cli
 from gptjax.checkpoint import CheckpointError, read_run
-from gptjax.config import Config, DataConfig, MixtureConfig, OptimizerConfig, SampleConfig
+from gptjax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    MixtureConfig,
+    OptimizerConfig,
+    SampleConfig,
+)
 from gptjax.corpus import DataError, build_store
 from gptjax.data import (
     Exclusion,
@@ -175,6 +182,7 @@ def config_of(folder: Path, **changes) -> Config:
         "model": replace(PLAIN, vocab_size=None),
         "data": data,
         "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="constant"),
+        "mesh": MeshConfig(fsdp=8),  # Orbax saves what is whole on eight devices slowly
         "sample": SampleConfig(max_tokens=0),
         "steps": 16,
         "batch_size": 8,
