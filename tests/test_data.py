@@ -50,6 +50,10 @@ def all_rows(rows, steps):
     )
 
 
+def all_tokens(store):
+    return store.read(np.array([0]), store.num_tokens, PAD)[0]
+
+
 def equal(one, other):
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -79,7 +83,7 @@ def test_every_target_once_an_epoch(tmp_path, context_size, shuffle):
     drawn = all_rows(
         rows, range(3 * rows.num_rows)
     )  # so many epochs as a batch has rows, three times
-    tokens = rows.members[0].store.tokens.read().result()
+    tokens = all_tokens(rows.members[0].store)
     for epoch in range(0, 3 * rows.batch_size):
         part = Batch(*(x[epoch * rows.num_rows : (epoch + 1) * rows.num_rows] for x in drawn))
         real = part.weights_BT == 1
@@ -239,7 +243,7 @@ def test_every_target_of_each_store_once_in_its_epochs(mixture, shuffle):
     members, batch = members_of(rows, range(60)), all_rows(rows, range(60))
     assert np.bincount(members).tolist() == rows.rows_read(60).tolist()
     for i, member in enumerate(rows.members):
-        tokens = member.store.tokens.read().result()
+        tokens = all_tokens(member.store)
         pairs = sorted(np.stack([tokens[:-1], tokens[1:]], axis=1).tolist())
         mine = Batch(*(x[members == i] for x in batch))
         epochs = len(mine.tokens_BT) // rows.epoch_rows[i]
