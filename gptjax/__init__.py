@@ -9,8 +9,8 @@ import importlib
 _FILE_OF = {
     name: file
     for file, names in {
-        "config": "Config ConfigError DataConfig GPT2 GPT3 GPTConfig MeshConfig OptimizerConfig "
-        "SampleConfig check from_json load_experiment to_json",
+        "config": "Config ConfigError DataConfig GPT2 GPT3 GPTConfig MeshConfig MixtureConfig "
+        "OptimizerConfig SampleConfig check from_json load_experiment to_json",
         "tokenizer": "ByteTokenizer StreamDecoder Tokenizer load_tokenizer make_tokenizer",
         "corpus": "DataError",
         "data": "Batch",

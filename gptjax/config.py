@@ -6,6 +6,7 @@ Standard library only, so that `--help` and every refusal of a bad config come w
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import re
@@ -37,6 +38,9 @@ Positive = Annotated[float, Range(1e-30, 1e30)]
 NotNegative = Annotated[float, Range(0.0, 1e30)]
 Share = Annotated[float, Range(0.0, 0.9999999)]  # a part, never the whole
 Probability = Annotated[float, Range(1e-30, 1.0)]
+
+# Rows of a mixture come in blocks, in each of which every store has exactly its share of the rows.
+BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +120,9 @@ class MixtureConfig:
     exclude: tuple[str, ...] = ()  # as DataConfig.exclude
     valid_path: tuple[str, ...] = ()  # as DataConfig.valid_path
     holdout: Share = 0.1  # as DataConfig.holdout
-    weight: NotNegative = 1.0  # rows of a batch are shared out in proportion
+    weight: NotNegative = 1.0  # rows are shared out in proportion
     # (step, weight) pairs, steps ascending: from that step on the weight is this one
-    weights: tuple[tuple[int, float], ...] = ()
+    weights: tuple[tuple[Count, NotNegative], ...] = ()
     max_epochs: Count | None = None  # refuse a run that reads the store more often
 
 
@@ -142,11 +146,13 @@ class DataConfig:
     on_bad_record: Literal["error", "skip"] = "error"  # skip: count and list them; at most 0.1 %
     filter: str | None = None  # FILE.py:function of a document's text; False leaves it out
     deduplicate: bool = False  # leave out documents whose text has been before
-    # several stores, read in proportion to their weights; then path and valid_path stay empty
+    # several stores, read in proportion to their weights; each has a path, exclude, valid_path and
+    # holdout of its own. They are given in the experiment's file, not on the command line
     mixture: tuple[MixtureConfig, ...] = ()
-    max_epochs: Count | None = None  # refuse a run that reads the text more often
-    # (first, last) pairs of batches that are passed over, as if the text had them not
-    skip: tuple[tuple[int, int], ...] = ()
+    max_epochs: Count | None = None  # refuse a run that reads the text, or a store, more often
+    # FIRST LAST FIRST LAST ...: batches that are passed over, both ends included; batch n is what
+    # step n would see if none were
+    skip: tuple[tuple[Count, Count], ...] = ()
     # bytes: 256 bytes, end of text, padding; or a SentencePiece .model, a tokenizer.json, or a
     # folder with that, vocab.json and merges.txt, or encoder.json and vocab.bpe
     tokenizer: str = "bytes"
@@ -217,7 +223,8 @@ class Config:
     seed: Whole = 0  # of parameters, order of rows and dropout
     log_every: Count = 10  # steps between lines of metrics.jsonl
     eval_every: Count | None = 250  # steps between evaluations; None: only after the last step
-    eval_batches: Count | None = None  # of an evaluation; None: the whole validation split
+    # of an evaluation, of each store of a mixture; None: the whole validation split
+    eval_batches: Count | None = None
     save_every: Count | None = 1000  # steps between checkpoints; None: only after the last step
     keep_last: Count = 2  # checkpoints kept: the newest ones
     keep_every: Count | None = None  # and those whose step is a multiple of this
@@ -303,7 +310,8 @@ def violations(config: Config, num_devices: int | None = None) -> list[str]:
     A rule between fields is left out when one of them has no usable value: that is a violation too.
     """
     wrong = field_problems(config, Config)
-    problems, readable = list(wrong.values()), _readable("", config, wrong)
+    unusable = {re.sub(r"(\[\d+\])+$", "", path) for path in wrong}  # a wrong item: the whole tuple
+    problems, readable = list(wrong.values()), _readable("", config, unusable)
     for rule in RULES:
         try:
             for problem in rule(readable, num_devices):
@@ -317,10 +325,12 @@ def violations(config: Config, num_devices: int | None = None) -> list[str]:
 class Kind(NamedTuple):
     """What a field takes."""
 
-    base: type  # int, float, bool, str, tuple (of strings) or a dataclass
+    base: type  # int, float, bool, str, tuple or a dataclass
     choices: tuple[str, ...]  # of a string; () for any
     optional: bool  # None as well
     limits: Range | None
+    items: tuple[Any, ...] = ()  # of a tuple: the annotation of each place, or of `many` items
+    many: bool = False  # of a tuple: any number of items
 
     def __str__(self) -> str:
         noun = {
@@ -328,8 +338,11 @@ class Kind(NamedTuple):
             float: "a number",
             bool: "True or False",
             str: "a string",
-            tuple: "a tuple of strings, such as ('text.txt',)",
+            tuple: f"({', '.join(str(kind_of(item)) for item in self.items)})",
         }.get(self.base, f"a gptjax.{self.base.__name__}")
+        if self.many:
+            strings = "a tuple of strings, such as ('text.txt',)"
+            noun = strings if self.items == (str,) else f"a tuple, each item {noun[1:-1]}"
         if self.choices:
             noun = "one of " + ", ".join(map(repr, self.choices))
         if self.limits:
@@ -337,11 +350,15 @@ class Kind(NamedTuple):
         return f"{noun}, or None" if self.optional else noun
 
     def takes(self, value: Any) -> bool:
-        """Whether a field of this kind may have the value."""
+        """Whether a field of this kind may have the value; `many` items are not looked at."""
         if value is None:
             return self.optional
         if self.base is tuple:
-            return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+            if not isinstance(value, tuple) or self.many:
+                return isinstance(value, tuple)
+            return len(value) == len(self.items) and all(
+                kind_of(inner).takes(item) for inner, item in zip(self.items, value, strict=True)
+            )
         if isinstance(value, bool) and self.base is not bool:
             return False
         if not isinstance(value, (int, float) if self.base is float else self.base):
@@ -362,7 +379,9 @@ def kind_of(annotation: Any) -> Kind:
         limits = next((note for note in notes if isinstance(note, Range)), None)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
     base = str if choices else get_origin(inner) or inner
-    return Kind(base, choices, options != [annotation], limits)
+    items = get_args(inner) if base is tuple else ()
+    many = items[-1:] == (...,)
+    return Kind(base, choices, options != [annotation], limits, items[: 1 if many else None], many)
 
 
 def field_problems(value: Any, annotation: Any = None, path: str = "") -> dict[str, str]:
@@ -378,6 +397,8 @@ def field_problems(value: Any, annotation: Any = None, path: str = "") -> dict[s
             path: f"{path or 'config'} = {reprlib.repr(value)}: must be {kind}{near and '.' + near}"
         }
     problems = {}
+    for i, item in enumerate(value if kind.many else ()):
+        problems |= field_problems(item, kind.items[0], f"{path}[{i}]")
     if dataclasses.is_dataclass(kind.base):
         for name, inner in get_type_hints(kind.base, include_extras=True).items():
             below = f"{path}.{name}".lstrip(".")
@@ -387,6 +408,8 @@ def field_problems(value: Any, annotation: Any = None, path: str = "") -> dict[s
 
 def _readable(path: str, value: Any, wrong: Collection[str]) -> Any:
     """The same fields without those at a wrong path."""
+    if isinstance(value, tuple):
+        return tuple(_readable(f"{path}[{i}]", item, wrong) for i, item in enumerate(value))
     if not dataclasses.is_dataclass(value):
         return value
     paths = {f.name: f"{path}.{f.name}".lstrip(".") for f in dataclasses.fields(value)}
@@ -469,13 +492,98 @@ def _schedule(config: Config, _: int | None) -> Iterator[str]:
 
 def _data(config: Config, _: int | None) -> Iterator[str]:
     data = config.data
-    if not data.path:
+    if not data.path and not data.mixture:
         yield "data.path is empty: give files, folders or globs, as in --data.path text.txt"
-    if not data.holdout and not data.valid_path and config.eval_every is not None:
+    stores = data.mixture or [data]
+    if config.eval_every is not None and not any(one.holdout or one.valid_path for one in stores):
+        each = "in every store of data.mixture " if data.mixture else ""
+        section = "" if data.mixture else "data."
         yield (
-            "data.holdout = 0 and data.valid_path is empty, so there is nothing to evaluate on: "
-            "give one of them, or eval_every None"
+            f"{each}{section}holdout = 0 and {section}valid_path is empty, so there is nothing to "
+            "evaluate on: give one of them, or eval_every None"
         )
+
+
+def _mixture_alone(config: Config, _: int | None) -> Iterator[str]:
+    data = config.data
+    for name in ("path", "exclude", "valid_path") if data.mixture else ():
+        if given := getattr(data, name):
+            yield (
+                f"data.{name} = {reprlib.repr(given)} and data.mixture exclude each other: give "
+                f"the {name} of each store of the mixture, or no mixture"
+            )
+
+
+def _mixture_stores(config: Config, _: int | None) -> Iterator[str]:
+    before: dict[str, int] = {}
+    for i, store in enumerate(config.data.mixture):
+        here = f"data.mixture[{i}]"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", store.name):
+            yield (
+                f"{here}.name = {store.name!r}: it is a part of the names of metrics: give "
+                "letters from A to Z, digits, '-' and '_'"
+            )
+        elif store.name in before:
+            yield (
+                f"{here}.name = {store.name!r} is that of data.mixture[{before[store.name]}] too: "
+                "give each store another"
+            )
+        before.setdefault(store.name, i)
+        if not store.path:
+            yield f"{here}.path is empty: give files, folders or globs, as in ('text.txt',)"
+
+
+def _mixture_weights(config: Config, _: int | None) -> Iterator[str]:
+    stores = config.data.mixture
+    for i, store in enumerate(stores):
+        for (step, _), (following, _) in itertools.pairwise(store.weights):
+            if following <= step:
+                yield (
+                    f"data.mixture[{i}].weights: step {following} comes after step {step}: give "
+                    "the pairs with ascending steps"
+                )
+                return
+    steps = sorted({1}.union(*({step for step, _ in store.weights} for store in stores)))
+    weights = {step: [weight_at(store, step) for store in stores] for step in steps}
+    for step in steps:
+        if stores and not any(weights[step]):
+            yield (
+                f"data.mixture: at step {step} the weight of every store is 0: give at least one "
+                "of them more"
+            )
+    for i in range(len(stores)):
+        for step in steps:
+            weight, total = weights[step][i], sum(weights[step])
+            if weight and weight / total * BLOCK_ROWS < 1:
+                least = (total - weight) / (BLOCK_ROWS - 1) * 1.000001  # as it is rounded below
+                yield (
+                    f"data.mixture[{i}]: at step {step} its weight {weight:g} of {total:g} is less "
+                    f"than one row of {BLOCK_ROWS:,}: give at least {least:.7g}, or 0"
+                )
+                break
+
+
+def weight_at(store: MixtureConfig, step: int) -> float:
+    """The weight of a store of a mixture at a step, counted from 1."""
+    return next(
+        (weight for first, weight in reversed(store.weights) if first <= step), store.weight
+    )
+
+
+def _skip(config: Config, _: int | None) -> Iterator[str]:
+    before = None
+    for i, (first, last) in enumerate(config.data.skip):
+        if first > last:
+            yield (
+                f"data.skip[{i}] = ({first}, {last}): its first batch comes after its last: "
+                f"give {last} {first}"
+            )
+        if before and first <= before[1]:
+            yield (
+                f"data.skip[{i}] = ({first}, {last}) begins before data.skip[{i - 1}] = {before} "
+                "ends: give ascending pairs that have no batch in common"
+            )
+        before = (first, last)
 
 
 def _axes_not_built(config: Config, _: int | None) -> Iterator[str]:
@@ -530,6 +638,10 @@ RULES = (
     _learning_rates,
     _schedule,
     _data,
+    _mixture_alone,
+    _mixture_stores,
+    _mixture_weights,
+    _skip,
     _axes_not_built,
     _split_sizes,
     _devices,
@@ -564,13 +676,14 @@ def from_json(text: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"the config is not JSON: {error}") from None
-    refuse(list(_unknown_names("", values, Config)))
-    config = _from_values(Config, values)
+    refuse(list(_name_problems("", values, Config)))
+    config = _from_value(Config, values)
     refuse(list(field_problems(config).values()))
     return config
 
 
-def _unknown_names(path: str, values: Any, dataclass_type: type) -> Iterator[str]:
+def _name_problems(path: str, values: Any, dataclass_type: type) -> Iterator[str]:
+    """Names that are no fields, and fields without a default that are not there."""
     if not isinstance(values, dict):
         yield f"{path or 'config'} = {reprlib.repr(values)}: must be an object of fields"
         return
@@ -579,19 +692,28 @@ def _unknown_names(path: str, values: Any, dataclass_type: type) -> Iterator[str
         here = f"{path}.{name}".lstrip(".")
         if name not in hints:
             yield f"{here}: there is no such field.{did_you_mean(name, hints)}"
-        elif dataclasses.is_dataclass(hints[name]):
-            yield from _unknown_names(here, value, hints[name])
+            continue
+        kind = kind_of(hints[name])
+        if dataclasses.is_dataclass(kind.base):
+            yield from _name_problems(here, value, kind.base)
+        elif kind.many and dataclasses.is_dataclass(kind.items[0]) and isinstance(value, list):
+            for i, item in enumerate(value):
+                yield from _name_problems(f"{here}[{i}]", item, kind.items[0])
+    for one in dataclasses.fields(dataclass_type):
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and one.name not in values:
+            yield f"{path}.{one.name}: it has no default: give it"
 
 
-def _from_values(dataclass_type: type, values: dict[str, Any]) -> Any:
-    fields, hints = {}, get_type_hints(dataclass_type)
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _from_values(hints[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        fields[name] = value
-    return dataclass_type(**fields)
+def _from_value(annotation: Any, value: Any) -> Any:
+    """A value of JSON as its field has it: objects are dataclasses, and lists tuples."""
+    kind = kind_of(annotation)
+    if isinstance(value, dict) and dataclasses.is_dataclass(kind.base):
+        hints = get_type_hints(kind.base)
+        return kind.base(**{name: _from_value(hints[name], item) for name, item in value.items()})
+    if isinstance(value, list):
+        return tuple(_from_value(kind.items[0], item) if kind.many else item for item in value)
+    return value
 
 
 def load_experiment(selector: str) -> Config:

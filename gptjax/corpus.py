@@ -242,6 +242,16 @@ class Manifest:
     format: int = FORMAT
 
 
+class DocumentInfo(NamedTuple):
+    """A document of a store: its tokens, with the leading end-of-text, and where it came from."""
+
+    number: int
+    start: int
+    stop: int
+    source: str
+    position: int
+
+
 @dataclass(frozen=True)
 class Store:
     """An open store of tokens.
@@ -277,6 +287,21 @@ class Store:
             for window, (start, stop), read in zip(windows, bounds, reads, strict=True):
                 window[: stop - start] = read.result()
         return windows
+
+    def documents(self, positions: np.ndarray) -> np.ndarray:
+        """The number of the document that each token lies in, int64."""
+        with _reading(self.folder):
+            offsets = self.offsets.read().result()
+        return np.searchsorted(offsets, positions, side="right") - 1
+
+    def document(self, number: int) -> DocumentInfo:
+        """A document by its number."""
+        with _reading(self.folder):
+            start, stop = self.offsets[number : number + 2].read().result().tolist()
+        names = [one.name for one in self.manifest.source]
+        return DocumentInfo(
+            number, start, stop, names[0] if len(names) == 1 else str(self.folder), 0
+        )
 
     def verify(self) -> None:
         """Read everything and compare it with the manifest's checksums.

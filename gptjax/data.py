@@ -1,19 +1,28 @@
 """Batches of any step, as a pure function of the stores, the seed and the step.
 
-A checkpoint of the data is therefore an integer, and every process can make its own rows.
+A checkpoint of the data is therefore an integer, every process can make its own rows, and the
+documents behind a step can be told at any time.
 """
 
+import functools
+import itertools
+import json
 import math
+import os
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from gptjax.corpus import DataError, Store
+from gptjax.config import BLOCK_ROWS, field_problems, weight_at
+from gptjax.corpus import DataError, DocumentInfo, Store
 
 Item = TypeVar("Item")
 
@@ -28,16 +37,51 @@ class Batch(NamedTuple):
     positions_BT: np.ndarray  # int32: from 0 in each segment
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """A store cut into rows, and the order in which batches take them.
+class Excluded(NamedTuple):
+    """The documents of a store that a run sees no more, in their order."""
 
-    Row i is the tokens from i x context_size on, and their targets lie one further; so in an epoch
-    every token of the store but its first is a target exactly once. Documents may be cut by a row's
-    end.
-    """
+    starts: np.ndarray  # int64 [n]: the first token of each, its leading end-of-text
+    stops: np.ndarray  # int64 [n]
+    from_steps: np.ndarray  # int64 [n]: the last step, counted from 1, that may have seen it
+
+
+NOTHING = Excluded(*[np.zeros(0, np.int64)] * 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A store that rows are taken from, and its share of them."""
 
     store: Store
+    name: str = "text"
+    weight: float = 1.0  # this and the following as in MixtureConfig
+    weights: tuple[tuple[int, float], ...] = ()
+    max_epochs: int | None = None
+    excluded: Excluded = NOTHING
+
+
+class _Phase(NamedTuple):
+    """Batches between two changes of the weights."""
+
+    first: int  # batch, from 0
+    before: np.ndarray  # int64 [members]: rows that each has given before
+    quotas: tuple[int, ...]  # rows that each gives in a block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Stores cut into rows, and the order in which batches take them.
+
+    Row i of a store is the tokens from i x context_size on, and their targets lie one further; so
+    in an epoch every token of the store but its first is a target exactly once. Documents may be
+    cut by a row's end.
+
+    The rows of a mixture come in blocks of BLOCK_ROWS, in which each store has exactly its share,
+    evenly spread. A store's own rows come in the order that they would have if it were alone, and
+    its epochs are its own.
+    """
+
+    members: tuple[Member, ...]
     context_size: int  # tokens of a row
     batch_size: int  # rows of a global batch
     seed: int
@@ -45,16 +89,98 @@ class Rows:
     pad: int
     end: int
     once: bool = False  # one epoch, and rows past it are padding: for evaluation
+    skip: tuple[tuple[int, int], ...] = ()  # batches passed over, as in DataConfig
+
+    @functools.cached_property
+    def num_tokens(self) -> np.ndarray:
+        """Of each store, int64 [members]."""
+        return np.array([member.store.num_tokens for member in self.members])
+
+    @functools.cached_property
+    def epoch_rows(self) -> np.ndarray:
+        """Rows of an epoch of each store, int64 [members]; the last one may be padded."""
+        return _num_rows(self.num_tokens, self.context_size)
 
     @property
     def num_rows(self) -> int:
-        """Rows of an epoch; the last may be padded."""
-        return _num_rows(self.store.num_tokens, self.context_size)
+        """Rows of an epoch, of all stores together."""
+        return int(self.epoch_rows.sum())
 
     @property
     def num_batches(self) -> int:
         """Batches that hold every row once; the last may be padded."""
         return -(-self.num_rows // self.batch_size)
+
+    def batch_number(self, step: int) -> int:
+        """The batch that a step sees, both counted from 0: the step, and what was passed over."""
+        for first, last in self.skip:
+            if step < first - 1:
+                break
+            step += last - first + 1
+        return step
+
+    def rows_read(self, steps: int) -> np.ndarray:
+        """How far the first steps come in the rows of each store, int64 [members]; batches that
+        are passed over count.
+        """
+        return self._rows_before(self.batch_number(steps - 1) + 1 if steps else 0)
+
+    def _rows_before(self, batch: int) -> np.ndarray:
+        phase = self._phase_of(batch)
+        return phase.before + _dealt(phase.quotas, (batch - phase.first) * self.batch_size)
+
+    def _phase_of(self, batch: int) -> _Phase:
+        return self._phases[bisect_right(self._phases, batch, key=lambda phase: phase.first) - 1]
+
+    @functools.cached_property
+    def _phases(self) -> list[_Phase]:
+        changes = {step - 1 for member in self.members for step, _ in member.weights}
+        phases, before = [], np.zeros(len(self.members), np.int64)
+        for first, following in itertools.pairwise([*sorted({0} | changes), None]):
+            quotas = block_quotas([weight_at(member, first + 1) for member in self.members])
+            phases.append(_Phase(first, before, quotas))
+            if following is not None:
+                before = before + _dealt(quotas, (following - first) * self.batch_size)
+        return phases
+
+
+def block_quotas(weights: Sequence[float]) -> tuple[int, ...]:
+    """The rows of a block that each store gives: in proportion to the weights, the rows that are
+    left over to the largest remainders.
+    """
+    total = sum(map(Fraction, weights))
+    shares = [Fraction(weight) * BLOCK_ROWS / total for weight in weights]
+    quotas = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: quotas[i] - shares[i])
+    for i in by_remainder[: BLOCK_ROWS - sum(quotas)]:
+        quotas[i] += 1
+    assert all(quota or not weight for quota, weight in zip(quotas, weights, strict=True))
+    return tuple(quotas)
+
+
+class _Block(NamedTuple):
+    """What each row of a block is."""
+
+    members: np.ndarray  # int64 [BLOCK_ROWS]: whose
+    ranks: np.ndarray  # int64 [BLOCK_ROWS]: how many of that member's come before it in the block
+
+
+@functools.lru_cache(maxsize=8)
+def _block(quotas: tuple[int, ...]) -> _Block:
+    """A block with so many rows of each member, evenly spread: its r-th of q rows is at about
+    (r + 1/2) / q of the block.
+    """
+    members = np.repeat(np.arange(len(quotas)), quotas)
+    ranks = np.concatenate([np.arange(quota) for quota in quotas])
+    order = np.argsort((ranks + 0.5) / np.array(quotas)[members], kind="stable")
+    return _Block(members[order], ranks[order])
+
+
+def _dealt(quotas: tuple[int, ...], count: int) -> np.ndarray:
+    """How many of the first `count` rows are each member's, int64 [members]."""
+    blocks, rest = divmod(count, BLOCK_ROWS)
+    part = np.bincount(_block(quotas).members[:rest], minlength=len(quotas))
+    return blocks * np.array(quotas) + part
 
 
 def check_rows(num_tokens: int, context_size: int, batch_size: int, split: str) -> None:
@@ -82,43 +208,127 @@ def check_rows(num_tokens: int, context_size: int, batch_size: int, split: str) 
         )
 
 
-def _num_rows(num_tokens: int, context_size: int) -> int:
+def check_epochs(rows: Rows, steps: int) -> None:
+    """Refuse a run that reads a store more often than its `max_epochs`.
+
+    Raises:
+      DataError: with the epochs that the run would read, and the steps that are allowed.
+    """
+    read, too_often, most = rows.rows_read(steps), [], steps
+    for i, member in enumerate(rows.members):
+        limit = (member.max_epochs or math.inf) * rows.epoch_rows[i]
+        if read[i] > limit:
+            epochs = read[i] / rows.epoch_rows[i]
+            too_often.append(
+                f"{member.name} {epochs:,.2f} times (max_epochs = {member.max_epochs})"
+            )
+            fits = bisect_right(range(most + 1), limit, key=lambda n, i=i: rows.rows_read(n)[i])
+            most = fits - 1
+    if too_often:
+        raise DataError(
+            f"{steps:,} steps would read {', '.join(too_often)}; give steps of at most {most:,}, "
+            "a larger max_epochs, or more text"
+        )
+
+
+def _num_rows(num_tokens: Item, context_size: int) -> Item:
     return -(-(num_tokens - 1) // context_size)
 
 
-def batch_at(step: int, rows: Rows, *, which: slice) -> Batch:
-    """The rows `which` of the global batch of a step; a pure function.
+class Windows(NamedTuple):
+    """Where rows lie."""
 
-    Row r of the batch is number step x batch_size + r of all rows ever drawn, so an epoch may end
-    and the next begin within a batch.
+    member_B: np.ndarray  # int64: the place of its store in `rows.members`
+    start_B: np.ndarray  # int64: its first token
+
+
+def windows_at(step: int, rows: Rows, *, which: slice) -> Windows:
+    """Where the rows `which` of the global batch of a step lie; arithmetic alone.
+
+    Row r of batch n is number n x batch_size + r of all rows ever drawn, so an epoch may end and
+    the next begin within a batch.
+    """
+    batch = rows.batch_number(step)
+    phase = rows._phase_of(batch)
+    drawn = (batch - phase.first) * rows.batch_size + np.arange(rows.batch_size)[which]
+    blocks, places = np.divmod(drawn, BLOCK_ROWS)
+    block = _block(phase.quotas)
+    member_B = block.members[places]
+    index = phase.before[member_B] + blocks * np.array(phase.quotas)[member_B] + block.ranks[places]
+    sizes = rows.epoch_rows[member_B]
+    epoch, index = np.divmod(index, sizes)
+    if rows.shuffle:  # each store has other orders, and the first those of a store alone
+        index = permute(index, sizes, rows.seed, epoch + (member_B << 40))
+    start_B = index * rows.context_size
+    if rows.once:
+        start_B = np.where(epoch > 0, rows.num_tokens[member_B], start_B)
+    return Windows(member_B, start_B)
+
+
+def batch_at(step: int, rows: Rows, *, which: slice) -> Batch:
+    """The rows `which` of the global batch of a step, counted from 0; a pure function.
+
+    Tokens of excluded documents are padding, and nothing is to be predicted from or of them: the
+    end-of-text after the document before is its own, and the one after it begins the next.
 
     Raises:
-      DataError: if the store has been damaged since it was built.
+      DataError: if a store has been damaged since it was built.
     """
-    drawn = step * rows.batch_size + np.arange(rows.batch_size)[which]
-    epoch, index = np.divmod(drawn, rows.num_rows)
-    if rows.shuffle:
-        index = permute(index, rows.num_rows, rows.seed, epoch)
-    starts = index * rows.context_size
-    if rows.once:
-        starts[epoch > 0] = rows.store.num_tokens
-    window = rows.store.read(starts, rows.context_size + 1, rows.pad)
+    windows = windows_at(step, rows, which=which)
+    window = _read(rows, windows)
     place = np.arange(rows.context_size, dtype=np.int32)
-    real_BT = place < (rows.store.num_tokens - 1 - starts)[:, None]  # where there is a target
-    tokens_BT = np.where(real_BT, window[:, :-1], rows.pad)
+    left_BT = (rows.num_tokens[windows.member_B] - 1 - windows.start_B)[:, None]
+    shown_BT = counts_BT = place < left_BT  # where there is a target
+    if any(len(member.excluded.starts) for member in rows.members):
+        excluded = _excluded(step, rows, windows)
+        shown_BT = shown_BT & ~excluded[:, :-1]
+        counts_BT = shown_BT & ~excluded[:, 1:]
+    tokens_BT = np.where(shown_BT, window[:, :-1], rows.pad)
     begins_BT = tokens_BT == rows.end
-    begins_BT[:, 0] = True  # a row's first document may have begun before it
+    begins_BT[:, 0] = shown_BT[:, 0]  # a row's first document may have begun before it
     begin_BT = np.maximum.accumulate(place * begins_BT, axis=1)  # where its document begins
     return Batch(
         tokens_BT=tokens_BT,
-        targets_BT=np.where(real_BT, window[:, 1:], rows.pad),
-        weights_BT=real_BT.astype(np.float32),
-        segments_BT=np.where(real_BT, np.cumsum(begins_BT, axis=1, dtype=np.int32), 0),
-        positions_BT=np.where(real_BT, place - begin_BT, 0),
+        targets_BT=np.where(counts_BT, window[:, 1:], rows.pad),
+        weights_BT=counts_BT.astype(np.float32),
+        segments_BT=np.where(shown_BT, np.cumsum(begins_BT, axis=1, dtype=np.int32), 0),
+        positions_BT=np.where(shown_BT, place - begin_BT, 0),
     )
 
 
-def permute(index: np.ndarray, size: int, seed: int, epoch: int | np.ndarray) -> np.ndarray:
+def _read(rows: Rows, windows: Windows) -> np.ndarray:
+    """The tokens of each row and the one after it, int32 [B, context_size + 1]."""
+    length = rows.context_size + 1
+    if len(rows.members) == 1:
+        return rows.members[0].store.read(windows.start_B, length, rows.pad)
+    tokens = np.empty((len(windows.start_B), length), np.int32)
+    for i in np.unique(windows.member_B):
+        mine = windows.member_B == i
+        tokens[mine] = rows.members[i].store.read(windows.start_B[mine], length, rows.pad)
+    return tokens
+
+
+def _excluded(step: int, rows: Rows, windows: Windows) -> np.ndarray:
+    """Which of these tokens lie in excluded documents, bool [B, context_size + 1]."""
+    place = np.arange(rows.context_size + 1)
+    excluded = np.zeros((len(windows.start_B), len(place)), bool)
+    for i, member in enumerate(rows.members):
+        in_effect = member.excluded.from_steps <= step
+        starts, stops = member.excluded.starts[in_effect], member.excluded.stops[in_effect]
+        mine = np.flatnonzero(windows.member_B == i)
+        first = np.searchsorted(stops, windows.start_B[mine], side="right")
+        last = np.searchsorted(starts, windows.start_B[mine] + len(place))
+        mine = mine[first < last]  # rows that such a document reaches into
+        if len(mine):
+            positions = windows.start_B[mine, None] + place
+            nearest = np.searchsorted(starts, positions, side="right") - 1
+            excluded[mine] = (nearest >= 0) & (positions < stops[nearest])
+    return excluded
+
+
+def permute(
+    index: np.ndarray, size: int | np.ndarray, seed: int, epoch: int | np.ndarray
+) -> np.ndarray:
     """A seeded bijection of 0 ... size - 1 for sizes up to 2**62; its memory does not depend on it.
 
     The generalised Feistel cipher of Black and Rogaway 2002, "Ciphers with arbitrary finite
@@ -128,21 +338,25 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int | np.ndarray) ->
 
     Args:
       index: int64 [n], each from 0 to size - 1.
+      size: one, or one for each index; few different ones.
       epoch: one, or one for each index.
     """
-    width = math.isqrt(size - 1) + 1
-    height = -(-size // width)
+    sizes, kind = np.unique(np.broadcast_to(size, index.shape), return_inverse=True)
+    widths = [math.isqrt(size - 1) + 1 for size in sizes.tolist()]
+    heights = [-(-size // width) for size, width in zip(sizes.tolist(), widths, strict=True)]
+    grids = np.array([sizes, widths, heights], np.uint64)[:, kind]
     key = _mix(_mix(np.full(len(index), seed, np.uint64)) + np.asarray(epoch).astype(np.uint64))
     keys = _mix(key + np.arange(8, dtype=np.uint64)[:, None])  # 4 rounds, of a row and a column
     value = index.astype(np.uint64)
     outside = np.ones(len(index), bool)
     while outside.any():
+        _, width, height = grids[:, outside]
         row, column = np.divmod(value[outside], width)
         for row_key, column_key in keys[:, outside].reshape(4, 2, -1):
             column = (column + _mix(row + row_key) % width) % width
             row = (row + _mix(column + column_key) % height) % height
         value[outside] = row * width + column
-        outside = value >= size
+        outside = value >= grids[0]
     return value.astype(np.int64)
 
 
@@ -174,3 +388,119 @@ def prefetch(make: Callable[[int], Item], start: int, stop: int, ahead: int) -> 
                 yield item
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+# --- the documents behind a batch ----------------------------------------------------------------
+
+
+class Passage(NamedTuple):
+    """What a row shows of a document."""
+
+    row: int  # of the batch
+    member: Member
+    document: DocumentInfo
+    start: int  # of the store's tokens
+    stop: int
+    excluded: bool  # it is padding in this row
+
+
+def passages_at(step: int, rows: Rows, *, which: slice) -> list[Passage]:
+    """The documents behind the rows `which` of the batch of a step, in the order of the rows.
+
+    Raises:
+      DataError: if a store has been damaged since it was built.
+    """
+    member_B, start_B = windows_at(step, rows, which=which)
+    stop_B = np.minimum(start_B + rows.context_size, rows.num_tokens[member_B] - 1)
+    first_B, last_B = np.zeros_like(start_B), np.full_like(start_B, -1)
+    for i in np.unique(member_B):
+        mine = (member_B == i) & (start_B < stop_B)
+        ends = np.concatenate([start_B[mine], stop_B[mine] - 1])
+        first_B[mine], last_B[mine] = np.split(rows.members[i].store.documents(ends), 2)
+    passages = []
+    for r, row in enumerate(range(rows.batch_size)[which]):
+        member, start, stop = rows.members[member_B[r]], int(start_B[r]), int(stop_B[r])
+        gone = member.excluded.starts[member.excluded.from_steps <= step]
+        for number in range(first_B[r], last_B[r] + 1):
+            one = member.store.document(number)
+            bounds = max(start, one.start), min(stop, one.stop)
+            passages.append(Passage(row, member, one, *bounds, excluded=one.start in gone))
+    return passages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exclusion:
+    """A document that a run sees no more: an entry of RUN/skipped.json."""
+
+    from_step: int  # the last step that may have seen it
+    taken_up: bool  # by a run that was started since, which sets from_step to where it started
+    store: str  # name of the member
+    document: int  # number in its store
+    start: int  # its tokens there
+    stop: int
+    source: str
+    position: int
+    text: str  # how it begins
+
+
+def read_exclusions(run_dir: Path) -> tuple[Exclusion, ...]:
+    """What is recorded in a run directory; nothing if there is no record.
+
+    Raises:
+      DataError: if the record cannot be read.
+    """
+    path = run_dir / "skipped.json"
+    if not path.exists():
+        return ()
+    try:
+        exclusions = tuple(Exclusion(**entry) for entry in json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a list of documents ({error}); restore a copy") from error
+    for i, exclusion in enumerate(exclusions):
+        for problem in field_problems(exclusion, path=f"entry {i}").values():
+            raise DataError(f"{path}: {problem}")
+    return exclusions
+
+
+def write_exclusions(run_dir: Path, exclusions: Iterable[Exclusion]) -> None:
+    """Record what a run sees no more, all of it at once."""
+    new = run_dir / "skipped.json.new"
+    with new.open("w", encoding="utf-8") as file:
+        json.dump([asdict(one) for one in exclusions], file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(run_dir / "skipped.json")
+
+
+def exclude(rows: Rows, exclusions: Iterable[Exclusion]) -> Rows:
+    """The same rows without these documents.
+
+    Raises:
+      DataError: if a document is not where it was when it was excluded, or no text is left.
+    """
+    names = {member.name: i for i, member in enumerate(rows.members)}
+    found: list[list[tuple[int, int, int]]] = [[] for _ in rows.members]
+    for one in exclusions:
+        store = rows.members[names[one.store]].store if one.store in names else None
+        if store is None or one.document >= store.num_documents:
+            raise DataError(f"skipped.json: there is no document {one.document} in {one.store!r}")
+        document = store.document(one.document)
+        if (document.start, document.stop) != (one.start, one.stop):
+            raise DataError(
+                f"skipped.json: document {one.document} of {one.store} was tokens {one.start:,} to "
+                f"{one.stop:,}, but is {document.start:,} to {document.stop:,}: the store is "
+                "another; give the store that the run began with"
+            )
+        found[names[one.store]].append((one.start, one.stop, one.from_step))
+    members = []
+    for member, ranges in zip(rows.members, found, strict=True):
+        columns = np.array(sorted(ranges), np.int64).reshape(-1, 3).T
+        excluded = Excluded(*columns)
+        if len(ranges) == member.store.num_documents:
+            raise DataError(
+                f"{member.name}: all of its {len(ranges):,} documents would be left out; leave out "
+                "fewer, or pass over batches with --data.skip FIRST LAST"
+            )
+        members.append(replace(member, excluded=excluded))
+    return replace(rows, members=tuple(members))

@@ -2,15 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config
-from gptjax.data import Batch, Rows, batch_at, prefetch
+from gptjax.config import Config, GPTConfig
+from gptjax.data import Batch, Passage, Rows, batch_at, prefetch
 from gptjax.model import Params, abstract_params, resolve, token_losses
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 
@@ -42,30 +42,84 @@ def jit_eval_step(
 
 
 def evaluate(
-    params: Params, rows: Rows, step: Callable, mesh: Mesh, *, num_batches: int, prefetched: int = 2
+    params: Params,
+    splits: Mapping[str, Rows],
+    step: Callable,
+    mesh: Mesh,
+    *,
+    max_batches: int | None = None,
+    prefetched: int = 2,
 ) -> dict[str, float]:
-    """The loss over the first batches of a split, every target once.
+    """The loss over the first batches of each split, every target once.
 
     Args:
       params: of the model, on the mesh.
-      rows: of the split, with `once`.
+      splits: rows of each by its name, with `once`; one alone may have the name "".
       step: as `jit_eval_step` returns it.
       mesh: where the batches go.
-      num_batches: how many are read; `rows.num_batches` for the whole split.
+      max_batches: how many of each split are read; None: all.
       prefetched: batches made ahead.
     Returns:
       "eval/loss" in nats per token, and "eval/bits_per_byte": all nats, over ln 2, over the bytes
-      of the text.
+      of the text; of all splits together, and as "eval/NAME/loss" and so on of each with a name.
     """
-    which = local_rows(mesh, rows.batch_size)
-    make = functools.partial(batch_at, rows=rows, which=which)
-    sums = [
-        step(params, to_devices(mesh, batch, rows.batch_size))
-        for batch in prefetch(make, 0, num_batches, prefetched)
-    ]
-    # Added in float64, for a split has many batches.
-    nats, weight, num_bytes = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+    totals = {}
+    for name, rows in splits.items():
+        num_batches = min(max_batches or rows.num_batches, rows.num_batches)
+        make = functools.partial(batch_at, rows=rows, which=local_rows(mesh, rows.batch_size))
+        sums = [
+            step(params, to_devices(mesh, batch, rows.batch_size))
+            for batch in prefetch(make, 0, num_batches, prefetched)
+        ]
+        # Added in float64, for a split has many batches.
+        totals[name] = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+    figures = _figures("eval", sum(totals.values()))
+    for name, total in totals.items():
+        figures |= _figures(f"eval/{name}", total) if name else {}
+    return figures
+
+
+def _figures(prefix: str, total: np.ndarray) -> dict[str, float]:
+    nats, weight, num_bytes = total
     return {
-        "eval/loss": nats / weight,
-        "eval/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
+        f"{prefix}/loss": nats / weight,
+        f"{prefix}/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
     }
+
+
+def document_losses(
+    params: Params,
+    batch: Batch,
+    passages: Sequence[Passage],
+    model: GPTConfig,
+    rows_at_once: int = 8,
+) -> list[tuple[float, int]]:
+    """How well a model predicts each document of a batch.
+
+    Args:
+      params: of the model, on one device.
+      batch: rows of one step.
+      passages: of the same rows, in their order.
+      model: with all that is to be resolved.
+      rows_at_once: the model is given so many, whatever the size of the batch.
+    Returns:
+      for each passage the sum of its tokens' losses in nats, and how many count.
+    """
+    losses = jax.jit(functools.partial(token_losses, config=model))
+    B = len(batch.tokens_BT)
+    size, parts = min(rows_at_once, B), []
+    for first in range(0, B, size):
+        start = min(first, B - size)  # the last part begins earlier: one size is compiled
+        part = Batch(*(x[start : start + size] for x in batch))
+        parts.append(np.asarray(losses(params, part))[first - start :])
+    losses_BT = np.concatenate(parts)
+    sums, before, column = [], None, 0
+    for passage in passages:
+        column = column if passage.row == before else 0
+        before, stop = passage.row, column + passage.stop - passage.start
+        row = passage.row - passages[0].row
+        weights = batch.weights_BT[row, column:stop]
+        nats = (weights * losses_BT[row, column:stop]).sum(dtype=np.float64)
+        sums.append((float(nats), int(weights.sum())))
+        column = stop
+    return sums

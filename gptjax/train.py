@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import re
 import signal
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -13,14 +15,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
 from gptjax.config import Config, ConfigError, GPTConfig, check
-from gptjax.corpus import Store, load_corpus
-from gptjax.data import Batch, Rows, batch_at, check_rows, prefetch
+from gptjax.corpus import DataError, Store, load_corpus
+from gptjax.data import (
+    Batch,
+    Exclusion,
+    Member,
+    Rows,
+    batch_at,
+    check_epochs,
+    check_rows,
+    exclude,
+    prefetch,
+    read_exclusions,
+    write_exclusions,
+)
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.generate import Sampling, generate
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
@@ -205,15 +220,20 @@ def fit(config: Config, run_dir: Path) -> TrainState:
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
-    train_rows, valid_rows = _rows(config, tokenizer)
+    train_rows, valid_splits = load_rows(config, tokenizer)
+    check_epochs(train_rows, config.steps)
     _refuse_another_run(config, run_dir)
     first = jax.process_index() == 0
     with Checkpoints(
         run_dir, keep_last=config.keep_last, keep_every=config.keep_every
     ) as checkpoints:
         start = checkpoints.latest() or 0
+        exclusions = _take_up(run_dir, start)
+        train_rows = exclude(train_rows, exclusions)
         if first:
             save_run(run_dir, config, tokenizer)
+            if exclusions:
+                write_exclusions(run_dir, exclusions)
         with Log(
             run_dir,
             first_step=start + 1,
@@ -221,8 +241,10 @@ def fit(config: Config, run_dir: Path) -> TrainState:
             tensorboard=config.tensorboard,
             enabled=first,
         ) as log:
-            log.say(_describe(config, mesh, reason, train_rows, valid_rows))
-            run = _Run(config, mesh, tokenizer, valid_rows, checkpoints, log)
+            log.say(_describe(config, mesh, reason, train_rows, valid_splits))
+            if exclusions:
+                log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
+            run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log)
             state = run.start()
             state = run.train(state, start, train_rows)
             run.finish(state, run_dir)
@@ -240,35 +262,106 @@ def _with_vocabulary(model: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
     return replace(model, vocab_size=size)
 
 
-def _rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
-    """The rows for training and for validation. Process 0 builds the stores that are not there
-    yet; the others wait.
+def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
+    """The rows for training, and for validation those of each store that holds some out, by its
+    name in a mixture or by "".
+
+    Process 0 builds the stores that are not there yet; the others wait.
+
+    Raises:
+      DataError: for text or stores that cannot be used.
     """
-
-    def accept(split: str, num_tokens: int) -> None:
-        check_rows(num_tokens, config.model.context_size, config.batch_size, split)
-
-    load = functools.partial(load_corpus, config.data, tokenizer, accept=accept)
     if jax.process_index() == 0:
-        stores = load(progress=True)
+        stores = _load_stores(config, tokenizer, progress=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("stores are built")
     if jax.process_index() > 0:
-        stores = load()
+        stores = _load_stores(config, tokenizer, progress=False)
 
-    def rows(store: Store, **order: Any) -> Rows:
-        return Rows(
-            store=store,
-            context_size=config.model.context_size,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            pad=tokenizer.pad,
-            end=tokenizer.end,
-            **order,
-        )
+    order = {
+        "context_size": config.model.context_size,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "pad": tokenizer.pad,
+        "end": tokenizer.end,
+    }
+    data = config.data
+    if data.mixture:
+        members = [
+            Member(
+                store=stores[one.name][0],
+                name=one.name,
+                weight=one.weight,
+                weights=one.weights,
+                max_epochs=min(filter(None, (one.max_epochs, data.max_epochs)), default=None),
+            )
+            for one in data.mixture
+        ]
+    else:
+        ((train, _),) = stores.values()
+        members = [Member(store=train, max_epochs=data.max_epochs)]
+    valid = {
+        name: Rows(members=(Member(store=held_out, name=name),), shuffle=False, once=True, **order)
+        for name, (_, held_out) in stores.items()
+        if held_out
+    }
+    return Rows(members=tuple(members), shuffle=data.shuffle, skip=data.skip, **order), valid
 
-    train, valid = stores
-    return rows(train, shuffle=config.data.shuffle), valid and rows(valid, shuffle=False, once=True)
+
+def _load_stores(
+    config: Config, tokenizer: Tokenizer, *, progress: bool
+) -> dict[str, tuple[Store, Store | None]]:
+    """The stores for training and validation: of each store of a mixture by its name, or of the one
+    that there is by "".
+    """
+    data = config.data
+    # A batch is not of one store alone in a mixture, so that need not fill it.
+    batch_size = 1 if data.mixture else config.batch_size
+
+    def accept(split: str, num_tokens: int) -> None:
+        check_rows(num_tokens, config.model.context_size, batch_size, split)
+
+    load = functools.partial(load_corpus, tokenizer=tokenizer, accept=accept, progress=progress)
+    if not data.mixture:
+        return {"": load(data)}
+    stores = {}
+    for one in data.mixture:
+        own = {name: getattr(one, name) for name in ("path", "exclude", "valid_path", "holdout")}
+        try:
+            stores[one.name] = load(replace(data, mixture=(), **own))
+        except DataError as error:
+            raise DataError(f"data.mixture, {one.name}: {error}") from error
+    return stores
+
+
+def _take_up(run_dir: Path, start: int) -> tuple[Exclusion, ...]:
+    """What the run leaves out, which goes on from a step: what was recorded since it was last
+    started has not been in effect before.
+
+    Raises:
+      DataError: if the record cannot be read, or the processes read different ones.
+    """
+    exclusions = tuple(
+        one if one.taken_up else replace(one, taken_up=True, from_step=start)
+        for one in read_exclusions(run_dir)
+    )
+    if jax.process_count() > 1:
+        digest = np.uint32(zlib.crc32(repr(exclusions).encode()))
+        if len(set(multihost_utils.process_allgather(digest).tolist())) > 1:
+            raise DataError(f"{run_dir}: skipped.json changed just as the run started; start again")
+    return exclusions
+
+
+def _left_out(exclusions: tuple[Exclusion, ...]) -> str:
+    num_tokens = sum(one.stop - one.start for one in exclusions)
+    return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
+
+
+# Fields of how, where and how long to compute, not of what.
+CHOICES = {
+    "model": {"attention", "remat", "loss_piece", "compute_dtype"},
+    "data": {"store_dir", "workers", "prefetch", "tfds_dir", "tfds_prepare", "max_epochs", "skip"},
+}
 
 
 def _refuse_another_run(config: Config, run_dir: Path) -> None:
@@ -276,19 +369,28 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
     if not (run_dir / "config.json").exists():
         return
     before, _ = read_run(run_dir)
-    # Of how and where to compute, not of what.
-    choices = {"attention", "remat", "loss_piece", "compute_dtype", "store_dir", "prefetch"}
     pairs = [
         ("seed", before.seed, config.seed),
         ("batch_size", before.batch_size, config.batch_size),
     ]
-    for part in ("model", "data"):
+    for part, choices in CHOICES.items():
         old, new = getattr(before, part), getattr(config, part)
-        names = {field.name for field in dataclasses.fields(old)} - choices
+        names = {field.name for field in dataclasses.fields(old)} - choices - {"mixture"}
         pairs += [
             (f"{part}.{name}", getattr(old, name), getattr(new, name)) for name in sorted(names)
         ]
+    mixtures = [
+        tuple(replace(one, max_epochs=None) for one in given.data.mixture)
+        for given in (before, config)
+    ]
+    pairs.append(("data.mixture", *mixtures))
+    step = Checkpoints(run_dir).latest() or 0
     changes = [f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs if old != new]
+    skips = [_passed_over(given.data.skip, step) for given in (before, config)]
+    if skips[0] != skips[1]:
+        changes.append(
+            f"data.skip up to step {step:,}, which is saved, was {skips[0]} and is now {skips[1]}"
+        )
     if changes:
         raise CheckpointError(
             f"{run_dir} holds a run of another config: {'; '.join(changes)}. "
@@ -296,7 +398,17 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
         )
 
 
-def _describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: Rows | None) -> str:
+def _passed_over(skip: tuple[tuple[int, int], ...], step: int) -> tuple[tuple[int, int], ...]:
+    """The ranges that the first steps have met."""
+    met, passed = [], 0
+    for first, last in skip:
+        if first - passed <= step:
+            met.append((first, last))
+        passed += last - first + 1
+    return tuple(met)
+
+
+def _describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: dict[str, Rows]) -> str:
     """What is about to run, in a few lines."""
     device = mesh.devices.flat[0]
     model, _ = resolve(config.model, device.platform)
@@ -305,15 +417,31 @@ def _describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: Rows 
         " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         or "one device"
     )
-    epochs = config.steps * config.batch_size / train.num_rows
-    held_out = f"{valid.store.num_tokens:,} held out" if valid else "none held out"
+    steps = f"{config.steps:,} steps of {config.batch_size * model.context_size:,} tokens"
+    read = train.rows_read(config.steps)
+    stores = []
+    for i, member in enumerate(train.members):
+        name = member.name if config.data.mixture else ""
+        held_out = f"{valid[name].num_tokens[0]:,}" if name in valid else "none"
+        epochs = read[i] / train.epoch_rows[i]
+        stores.append(
+            f"{member.store.num_tokens:,} tokens ({held_out} held out), {epochs:.2f} epochs"
+        )
+    if config.data.mixture:
+        shares = [f"{count / read.sum():.1%}" for count in read]
+        width = max(len(member.name) for member in train.members)
+        lines = [
+            f"           {member.name:{width}}  {share:>6} of the rows, {store}"
+            for member, share, store in zip(train.members, shares, stores, strict=True)
+        ]
+        data = "\n".join([f"a mixture, in {steps}", *lines])
+    else:
+        data = f"{stores[0]} in {steps}"
     return (
         f"model      {num_params:,} parameters, {model.compute_dtype} compute, "
         f"attention {model.attention} ({reason})\n"
         f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
-        f"data       {train.store.num_tokens:,} tokens ({held_out}), "
-        f"{epochs:.2f} epochs in {config.steps:,} steps of "
-        f"{config.batch_size * model.context_size:,} tokens"
+        f"data       {data}"
     )
 
 
@@ -324,7 +452,7 @@ class _Run:
     config: Config
     mesh: Mesh
     tokenizer: Tokenizer
-    valid_rows: Rows | None
+    valid_splits: dict[str, Rows]
     checkpoints: Checkpoints
     log: Log
 
@@ -370,7 +498,7 @@ class _Run:
                 log.advance(step)
                 stop = stop_requested(step)
                 last = step == config.steps
-                evaluates = self.valid_rows and (last or _due(step, config.eval_every))
+                evaluates = self.valid_splits and (last or _due(step, config.eval_every))
                 saves = stop or last or _due(step, config.save_every)
                 if evaluates or saves:  # before the next step takes the state's memory
                     self.record(*waiting, clock, state.params if evaluates else None)
@@ -415,9 +543,8 @@ class _Run:
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """The loss on the validation split, or on as much of it as the config says."""
-        num_batches = self.valid_rows.num_batches
-        num_batches = min(self.config.eval_batches or num_batches, num_batches)
-        return evaluate(params, self.valid_rows, self.eval_step, self.mesh, num_batches=num_batches)
+        splits, most = self.valid_splits, self.config.eval_batches
+        return evaluate(params, splits, self.eval_step, self.mesh, max_batches=most)
 
     def finish(self, state: TrainState, run_dir: Path) -> None:
         """Say what came of it: a sample, the last figures, and where everything lies."""
@@ -449,6 +576,12 @@ def _summary(lines: list[dict[str, float]], run_dir: Path) -> str:
             f"result     validation loss {evaluation['eval/loss']:.4f} nats per token, "
             f"{evaluation['eval/bits_per_byte']:.4f} bits per byte, at step {evaluation['step']:,}"
         )
+        names = [name.split("/")[1] for name in evaluation if re.fullmatch("eval/.+/loss", name)]
+        figures += [
+            f"           {evaluation[f'eval/{name}/loss']:.4f} nats per token, "
+            f"{evaluation[f'eval/{name}/bits_per_byte']:.4f} bits per byte: {name}"
+            for name in names
+        ]
     if speeds:
         figures.append(f"speed      {statistics.median(speeds):,.0f} tokens per second")
     return "\n".join(

@@ -120,7 +120,7 @@ def test_bad_experiments(folder, monkeypatch, capsys, selector, source, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "'trian' is not a verb: give one of train, generate, predict, inspect. Did"),
+        (["trian"], "'trian' is not a verb: give one of train, generate, predict, inspect, data"),
         (["train"], "FILE is missing: give it first, as in `gptjax train FILE`"),
         (["train", "--steps", "3"], "FILE is missing"),
         (["inspect"], "RUN is missing"),

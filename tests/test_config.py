@@ -22,6 +22,7 @@ from gptjax.config import (
     DataConfig,
     GPTConfig,
     MeshConfig,
+    MixtureConfig,
     OptimizerConfig,
     check,
     from_json,
@@ -42,6 +43,9 @@ EXPERIMENTS = [
     *(f"gpt3.py:{size}" for size in ("b2_7", "b6_7", "b13", "b175")),
 ]
 RUNS = Config(data=DataConfig(path=("text.txt",)))  # a config without violations
+ENGLISH = MixtureConfig(name="english", path=("english.txt",))
+CHINESE = MixtureConfig(name="chinese", path=("chinese.txt",), weight=0.5, weights=((100, 2.0),))
+MIXED = DataConfig(mixture=(ENGLISH, CHINESE), skip=((3, 5), (6, 6)))
 OPTIONS = list(cli._options(cli.Train))
 
 
@@ -74,6 +78,21 @@ def test_experiments_run_once_they_have_text(name):
     assert from_json(to_json(config)) == config
     path = config.data.path or ("text.txt",)
     check(dataclasses.replace(config, data=dataclasses.replace(config.data, path=path)))
+
+
+def test_json_of_a_mixture():
+    config = changed(data=MIXED)
+    check(config)
+    assert from_json(to_json(config)) == config
+    values = json.loads(to_json(config))
+    values["data"]["mixture"][1]["wieght"] = values["data"]["mixture"][1].pop("name")
+    message = r"(?s)data.mixture\[1\].wieght: .*'weight'.*data.mixture\[1\].name: it has no default"
+    with pytest.raises(ConfigError, match=message):
+        from_json(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"data.mixture\[0\] = 3: must be an object"):
+        from_json('{"data": {"mixture": [3]}}')
+    with pytest.raises(ConfigError, match=r"data.skip\[0\] = 3: must be \(a whole number"):
+        from_json('{"data": {"skip": [3, 4]}}')
 
 
 @pytest.mark.parametrize("model", [*GPT2.values(), *GPT3.values()])
@@ -158,6 +177,15 @@ CONFLICTS = [  # what is changed, and words that the violation must have
     ({"optimizer__final_steps": 2000}, "or steps 2000"),
     ({"data__path": ()}, "data.path is empty"),
     ({"data__holdout": 0.0}, "nothing to evaluate on"),
+    (
+        {"data__mixture": (ENGLISH,)},
+        "data.path = ('text.txt',) and data.mixture exclude each other",
+    ),
+    (
+        {"data__skip": ((5, 3),)},
+        "data.skip[0] = (5, 3): its first batch comes after its last: give",
+    ),
+    ({"data__skip": ((3, 5), (5, 6))}, "data.skip[1] = (5, 6) begins before data.skip[0] = (3, 5)"),
     ({"mesh__context": 2}, "mesh.context = 2: nothing is split over it yet"),
     ({"mesh__pipe": 2}, "mesh.pipe = 2: nothing is split over it yet"),
     ({"mesh__fsdp": 5}, "model.width = 768 is not a multiple of mesh.fsdp = 5"),
@@ -170,6 +198,51 @@ CONFLICTS = [  # what is changed, and words that the violation must have
     ({"mesh__data": 4, "mesh__slices": 3}, "mesh.data = 4 is not a multiple of mesh.slices = 3"),
     ({"mesh__slices": 2, "mesh__across": "fsdp"}, "mesh.fsdp = 1 is not a multiple"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [  # changes of the first store, and words that the violation must have
+        ({"name": "a/b"}, "data.mixture[0].name = 'a/b': it is a part of the names of metrics"),
+        ({"name": "chinese"}, "data.mixture[1].name = 'chinese' is that of data.mixture[0] too"),
+        ({"path": ()}, "data.mixture[0].path is empty"),
+        ({"weight": -1.0}, "data.mixture[0].weight = -1.0: must be a number from 0"),
+        ({"path": "text"}, "data.mixture[0].path = 'text': must be a tuple of strings"),
+        ({"weights": ((0, 1.0),)}, "data.mixture[0].weights[0] = (0, 1.0): must be (a whole"),
+        ({"weights": ((5, 1.0), (5, 2.0))}, "data.mixture[0].weights: step 5 comes after step 5"),
+        ({"weight": 1e-6}, "at step 1 its weight 1e-06 of 0.500001 is less than one row of 65,536"),
+    ],
+)
+def test_mixtures_that_are_refused(fields, words):
+    mixture = (dataclasses.replace(ENGLISH, **fields), CHINESE)
+    (problem,) = violations(changed(data=dataclasses.replace(MIXED, mixture=mixture)))
+    assert words in problem
+
+
+def test_a_mixture_has_text_at_every_step_and_some_to_evaluate_on():
+    mixture = (
+        dataclasses.replace(ENGLISH, weights=((50, 0.0),), holdout=0.0),
+        dataclasses.replace(CHINESE, weights=((50, 0.0), (60, 1.0)), holdout=0.0),
+    )
+    problems = violations(changed(data=dataclasses.replace(MIXED, mixture=mixture)))
+    assert [problem.split(":")[0] for problem in problems] == [
+        "in every store of data.mixture holdout = 0 and valid_path is empty, so there is nothing "
+        "to evaluate on",
+        "data.mixture",
+    ]
+    assert "at step 50 the weight of every store is 0" in problems[1]
+
+
+def test_the_least_weight_that_is_said_is_taken():
+    def refusal(weight):
+        mixture = (
+            dataclasses.replace(ENGLISH, weight=weight),
+            dataclasses.replace(CHINESE, weights=()),
+        )
+        return violations(changed(data=dataclasses.replace(MIXED, mixture=mixture)))
+
+    (problem,) = refusal(1e-7)
+    assert refusal(float(problem.partition("give at least ")[2].split(",")[0])) == []
 
 
 @pytest.mark.parametrize(("fields", "words"), CONFLICTS)
@@ -361,6 +434,29 @@ def test_every_field_can_be_given():
         data__holdout=0.5,
         optimizer__learning_rate=1e-3,
     )
+
+
+def test_batches_that_are_passed_over_are_given_as_pairs_one_after_the_other():
+    arguments = ["--data.skip", "100", "120", "300", "310"]
+    given, problems = cli.parse(cli.Train(config=RUNS), "gptjax train", arguments)
+    assert problems == []
+    assert given.config.data.skip == ((100, 120), (300, 310))
+    starts = [problem.split(":")[0] for problem in refused([*arguments, "7", "--steps", "0"])]
+    assert sorted(starts) == ["data.skip[2] = (7,)", "steps = 0"]
+    assert refused(["--data.skip", "1", "b"])[0].startswith("data.skip[0] = (1, 'b'): must be (a")
+
+
+def test_the_command_line_leaves_a_mixture_as_its_file_has_it(capsys):
+    config = changed(data=MIXED)
+    given, problems = cli.parse(cli.Train(config=config), "gptjax train", ["--steps", "7"])
+    assert (given.config.data, problems) == (MIXED, [])
+    assert refused(["--data.mixture", "german"]) == [
+        "data.mixture[0] = 'german': must be a gptjax.MixtureConfig"
+    ]
+    with pytest.raises(SystemExit):
+        refused(["--help"], config)
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "not on the command line (default: english chinese)" in text
 
 
 def test_help_names_every_field_with_its_comment(capsys):

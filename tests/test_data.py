@@ -2,14 +2,28 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.config import BLOCK_ROWS
 from gptjax.corpus import DataError, build_store
-from gptjax.data import Batch, Rows, batch_at, check_rows, permute, prefetch
+from gptjax.data import (
+    Batch,
+    Excluded,
+    Member,
+    Rows,
+    batch_at,
+    block_quotas,
+    check_epochs,
+    check_rows,
+    permute,
+    prefetch,
+    windows_at,
+)
 from gptjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -19,7 +33,7 @@ END, PAD = TOKENIZER.end, TOKENIZER.pad
 def make_rows(tmp_path, documents, **fields):
     store = build_store(documents, TOKENIZER, tmp_path / "store")
     given = dict(context_size=8, batch_size=5, seed=3, shuffle=True, pad=PAD, end=END)
-    return Rows(store=store, **given | fields)
+    return Rows(members=(Member(store=store),), **given | fields)
 
 
 @pytest.fixture
@@ -34,6 +48,10 @@ def all_rows(rows, steps):
     return Batch(
         *map(np.concatenate, zip(*(batch_at(i, rows, which=whole) for i in steps), strict=True))
     )
+
+
+def all_tokens(store):
+    return store.read(np.array([0]), store.num_tokens, PAD)[0]
 
 
 def equal(one, other):
@@ -65,7 +83,7 @@ def test_every_target_once_an_epoch(tmp_path, context_size, shuffle):
     drawn = all_rows(
         rows, range(3 * rows.num_rows)
     )  # so many epochs as a batch has rows, three times
-    tokens = rows.store.tokens.read().result()
+    tokens = all_tokens(rows.members[0].store)
     for epoch in range(0, 3 * rows.batch_size):
         part = Batch(*(x[epoch * rows.num_rows : (epoch + 1) * rows.num_rows] for x in drawn))
         real = part.weights_BT == 1
@@ -114,9 +132,9 @@ def test_hosts_share_one_batch(tmp_path, hosts):
 def test_a_batch_depends_on_nothing_else(rows):
     steps = np.random.default_rng(0).permutation(40)
     drawn = {int(step): batch_at(int(step), rows, which=slice(0, 5)) for step in steps}
-    again = Rows(**vars(rows))
+    again = replace(rows)
     assert all(equal(drawn[step], batch_at(step, again, which=slice(0, 5))) for step in range(40))
-    other = Rows(**vars(rows) | {"seed": 4})
+    other = replace(rows, seed=4)
     assert not equal(drawn[0], batch_at(0, other, which=slice(0, 5)))
 
 
@@ -131,6 +149,18 @@ def test_once_ends(tmp_path):
     )
 
 
+def test_a_store_alone_is_read_in_the_order_of_its_permutation(rows):
+    """What older runs have seen, they see again."""
+    for step in (0, 1, 7, 10**9):
+        drawn = step * 5 + np.arange(5)
+        epoch, index = np.divmod(drawn, rows.num_rows)
+        index = permute(index, rows.num_rows, rows.seed, epoch)
+        for weights in ((), ((3, 2.0), (8, 0.5))):  # its share is all of them whatever its weight
+            member = replace(rows.members[0], weights=weights)
+            given = windows_at(step, replace(rows, members=(member,)), which=slice(0, 5))
+            assert given.start_B.tolist() == (index * 8).tolist()
+
+
 def test_too_little_text_is_refused():
     check_rows(40, 8, 5, "train")  # 39 to predict: 5 rows, the last of 7
     message = "train split: 40 tokens make 5 rows .* batch_size = 6; give a batch_size of at most 5"
@@ -140,6 +170,190 @@ def test_too_little_text_is_refused():
     message = "valid split: 40 tokens have 39 to predict, .* give a context_size of at most 39"
     with pytest.raises(DataError, match=message):
         check_rows(40, 40, 1, "valid")
+
+
+# --- mixtures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Three stores with bytes of their own, whose shares change."""
+    folder = tmp_path_factory.mktemp("mixture")
+    texts = [[b"abcdefghi", b"jklm", b"n" * 20], [b"ABCDEFGHIJKLM" * 9, b"N"], [b"0123456789"]]
+    changes = [((6, 3.0), (20, 0.0)), (), ((6, 0.0), (11, 1.0))]
+    members = tuple(
+        Member(
+            store=build_store(documents, TOKENIZER, folder / name),
+            name=name,
+            weight=weight,
+            weights=weights,
+        )
+        for name, documents, weight, weights in zip(
+            "abc", texts, (1.0, 2.0, 0.5), changes, strict=True
+        )
+    )
+    return Rows(
+        members=members, context_size=4, batch_size=12, seed=3, shuffle=True, pad=PAD, end=END
+    )
+
+
+def members_of(rows, steps):
+    """The member of each row of these steps."""
+    whole = slice(0, rows.batch_size)
+    return np.concatenate([windows_at(step, rows, which=whole).member_B for step in steps])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=20))
+def test_quotas_are_the_shares_of_a_block(weights):
+    weights = [weight if weight >= 1 else 0.0 for weight in weights]
+    if any(weights):
+        quotas, exact = block_quotas(weights), np.array(weights) / sum(weights) * BLOCK_ROWS
+        assert sum(quotas) == BLOCK_ROWS
+        assert (np.abs(quotas - exact) < 1 + 1e-6).all()
+        assert all(quota > 0 or weight == 0 for quota, weight in zip(quotas, weights, strict=True))
+
+
+def test_every_block_has_its_quotas_and_every_batch_nearly(mixture):
+    members = tuple(replace(member, weights=()) for member in mixture.members)
+    rows = replace(mixture, members=members, batch_size=1 << 12)
+    drawn = members_of(rows, range(2 * BLOCK_ROWS >> 12))
+    quotas = np.array(block_quotas([1.0, 2.0, 0.5]))
+    for block in np.split(drawn, 2):
+        assert np.bincount(block).tolist() == quotas.tolist()
+    for batch in np.split(drawn, 2 * BLOCK_ROWS // 64):
+        assert (np.abs(np.bincount(batch, minlength=3) - 64 * quotas / BLOCK_ROWS) < 2).all()
+
+
+def test_shares_follow_their_schedules(mixture):
+    for steps, weights in [
+        (range(0, 5), [1.0, 2.0, 0.5]),
+        (range(5, 10), [3.0, 2.0, 0.0]),
+        (range(10, 19), [3.0, 2.0, 1.0]),
+        (range(19, 60), [0.0, 2.0, 1.0]),
+    ]:
+        drawn = np.bincount(members_of(mixture, steps), minlength=3)
+        expected = np.array(weights) / sum(weights) * 12 * len(steps)
+        assert (np.abs(drawn - expected) <= 1).all()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_target_of_each_store_once_in_its_epochs(mixture, shuffle):
+    rows = replace(mixture, shuffle=shuffle)
+    members, batch = members_of(rows, range(60)), all_rows(rows, range(60))
+    assert np.bincount(members).tolist() == rows.rows_read(60).tolist()
+    for i, member in enumerate(rows.members):
+        tokens = all_tokens(member.store)
+        pairs = sorted(np.stack([tokens[:-1], tokens[1:]], axis=1).tolist())
+        mine = Batch(*(x[members == i] for x in batch))
+        epochs = len(mine.tokens_BT) // rows.epoch_rows[i]
+        assert epochs >= 3
+        orders = set()
+        for epoch in range(epochs):
+            part = slice(epoch * rows.epoch_rows[i], (epoch + 1) * rows.epoch_rows[i])
+            real = mine.weights_BT[part] == 1
+            seen = np.stack([mine.tokens_BT[part][real], mine.targets_BT[part][real]], axis=1)
+            assert sorted(seen.tolist()) == pairs
+            orders.add(str(seen))
+        assert (len(orders) == 1) == (not shuffle)
+
+
+def test_stores_have_orders_of_their_own(tmp_path):
+    store = build_store([bytes(range(200))], TOKENIZER, tmp_path / "store")
+    members = (Member(store=store, name="a"), Member(store=store, name="b"))
+    given = dict(context_size=2, batch_size=200, seed=3, shuffle=True, pad=PAD, end=END)
+    windows = windows_at(0, Rows(members=members, **given), which=slice(0, 200))
+    one, other = (windows.start_B[windows.member_B == i].tolist() for i in (0, 1))
+    assert sorted(one) != one and one != other
+
+
+def test_rows_are_counted_across_blocks_and_phases(mixture):
+    rows = replace(mixture, batch_size=30_000)  # blocks end inside of batches
+    counts = np.zeros(3, int)
+    for step in range(25):
+        assert rows.rows_read(step).tolist() == counts.tolist()
+        counts += np.bincount(members_of(rows, [step]), minlength=3)
+    began = time.perf_counter()
+    far = windows_at(10**9, rows, which=slice(0, 8))
+    assert time.perf_counter() - began < 1 and set(far.member_B.tolist()) <= {1, 2}
+
+
+SKIP = ((2, 3), (5, 5), (6, 6), (30, 41))
+
+
+def test_batches_passed_over_are_deleted_from_the_stream(mixture):
+    rows, whole = replace(mixture, skip=SKIP), slice(0, 12)
+    left = [n for n in range(1, 60) if not any(first <= n <= last for first, last in SKIP)]
+    for step, number in enumerate(left):
+        given = batch_at(step, rows, which=whole)
+        assert equal(given, batch_at(number - 1, mixture, which=whole))
+
+
+def test_too_many_epochs_are_refused(mixture):
+    limited = replace(mixture.members[1], max_epochs=2)
+    rows = replace(mixture, members=(mixture.members[0], limited, mixture.members[2]), skip=SKIP)
+    with pytest.raises(
+        DataError, match=r"60 steps would read b \d+\.\d\d times \(max_epochs = 2\)"
+    ) as no:
+        check_epochs(rows, 60)
+    allowed = int(str(no.value).partition("at most ")[2].partition(",")[0])
+    check_epochs(rows, allowed)
+    assert 0 < allowed < 60 and rows.rows_read(allowed)[1] <= 2 * rows.epoch_rows[1]
+    with pytest.raises(DataError, match=f"give steps of at most {allowed},"):
+        check_epochs(rows, allowed + 1)
+
+
+# --- documents left out ------------------------------------------------------------------------
+
+
+def without(rows, i, numbers, from_step):
+    """Rows without these documents of a member."""
+    store = rows.members[i].store
+    ranges = [(store.document(n).start, store.document(n).stop, from_step) for n in numbers]
+    member = replace(rows.members[i], excluded=Excluded(*np.array(ranges, np.int64).T))
+    return replace(rows, members=(*rows.members[:i], member, *rows.members[i + 1 :]))
+
+
+@pytest.mark.parametrize("numbers", [[0], [1], [2], [5], [1, 2], [0, 3, 5], [0, 1, 2, 4, 5]])
+@pytest.mark.parametrize("context_size", [1, 3, 8, 64])
+def test_excluded_documents_are_padding_and_nothing_else_is(tmp_path, numbers, context_size):
+    documents = [b"abcde", b"f", b"ghijklmnopqrstuvwx", b"ABC", b"DEFGHIJKL", b"MNOPQ"]
+    plain = make_rows(tmp_path, documents, context_size=context_size)
+    rows, whole = without(plain, 0, numbers, from_step=4), slice(0, 5)
+    store = plain.members[0].store
+    gone = {p for n in numbers for p in range(store.document(n).start, store.document(n).stop)}
+    for step in range(4):
+        assert equal(batch_at(step, rows, which=whole), batch_at(step, plain, which=whole))
+    for step in range(4, 4 + plain.num_batches):
+        before, after = (batch_at(step, one, which=whole) for one in (plain, rows))
+        starts = windows_at(step, rows, which=whole).start_B
+        token = starts[:, None] + np.arange(context_size)
+        token_gone, target_gone = np.isin(token, [*gone]), np.isin(token + 1, [*gone])
+        real = before.weights_BT == 1
+        shown, counts = real & ~token_gone, real & ~token_gone & ~target_gone
+        assert (after.weights_BT == counts).all()
+        assert (after.tokens_BT == np.where(shown, before.tokens_BT, PAD)).all()
+        assert (after.targets_BT == np.where(counts, before.targets_BT, PAD)).all()
+        assert (after.positions_BT == np.where(shown, before.positions_BT, 0)).all()
+        for segments, segments_before, row in zip(
+            after.segments_BT, before.segments_BT, shown, strict=True
+        ):
+            assert (segments[~row] == 0).all()
+            # The documents that are left, numbered from 1 again.
+            _, again = np.unique(segments_before[row], return_inverse=True)
+            assert segments[row].tolist() == (again + 1).tolist()
+        assert [x.dtype for x in after] == [x.dtype for x in before]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+def test_hosts_share_a_mixture_with_batches_and_documents_left_out(mixture, hosts):
+    rows = without(replace(mixture, skip=SKIP), 0, [1, 2], from_step=9)
+    assert not equal(*(batch_at(9, one, which=slice(0, 12)) for one in (rows, mixture)))
+    for step in (0, 1, 5, 9, 10, 40, 5000):
+        size = 12 // hosts
+        parts = [batch_at(step, rows, which=slice(i * size, (i + 1) * size)) for i in range(hosts)]
+        joined = Batch(*map(np.concatenate, zip(*parts, strict=True)))
+        assert equal(joined, batch_at(step, rows, which=slice(0, 12)))
 
 
 # --- the order of rows -------------------------------------------------------------------------
@@ -169,6 +383,14 @@ def test_permute_takes_an_epoch_for_each():
     together = permute(index, 10, 1, np.array([0, 1, 0, 7]))
     assert together.tolist() == [
         permute(index[i : i + 1], 10, 1, epoch)[0] for i, epoch in enumerate([0, 1, 0, 7])
+    ]
+
+
+def test_permute_takes_a_size_for_each():
+    index, sizes = np.array([3, 3, 4, 9]), np.array([10, 7, 10, 2**40])
+    together = permute(index, sizes, 1, 2)
+    assert together.tolist() == [
+        permute(index[i : i + 1], size, 1, 2)[0] for i, size in enumerate(sizes.tolist())
     ]
 
 

@@ -56,12 +56,17 @@ def train_side(
     refuse(problems)  # without waiting for JAX
     import jax
 
-    from gptjax.corpus import load_corpus
-    from gptjax.data import Rows, batch_at
+    from gptjax.data import batch_at
     from gptjax.model import resolve
     from gptjax.sharding import local_rows, make_mesh, to_devices
     from gptjax.tokenizer import make_tokenizer
-    from gptjax.train import abstract_state, init_state, jit_train_step, loss_and_grads
+    from gptjax.train import (
+        abstract_state,
+        init_state,
+        jit_train_step,
+        load_rows,
+        loss_and_grads,
+    )
 
     tokenizer = make_tokenizer(config.data)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
@@ -69,15 +74,7 @@ def train_side(
     check(config, jax.device_count())
     mesh = make_mesh(config.mesh)
     resolved = replace(config, model=resolve(config.model, mesh.devices.flat[0].platform)[0])
-    rows = Rows(
-        store=load_corpus(config.data, tokenizer)[0],
-        context_size=config.model.context_size,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        pad=tokenizer.pad,
-        end=tokenizer.end,
-    )
+    rows, _ = load_rows(config, tokenizer)
     which = local_rows(mesh, config.batch_size)
 
     def batch_of(step: int) -> Any:
