@@ -8,6 +8,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,23 @@ def jit_train_step(
     )
 
 
+def compile_train_step(
+    config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The step that `jit_train_step` returns, compiled before there is a state or a batch."""
+    sharding = in_use(mesh, "BT")
+    shape = (config.batch_size, config.model.context_size)
+    batch = Batch(
+        *[
+            jax.ShapeDtypeStruct(
+                shape, np.float32 if name == "weights_BT" else np.int32, sharding=sharding
+            )
+            for name in Batch._fields
+        ]
+    )
+    return jit_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()
+
+
 # --- the run -------------------------------------------------------------------------------------
 
 
@@ -245,8 +263,14 @@ def fit(config: Config, run_dir: Path) -> TrainState:
             if exclusions:
                 log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
             run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log)
-            state = run.start()
-            state = run.train(state, start, train_rows)
+            if start < config.steps:
+                with ThreadPoolExecutor(1, "compile") as thread:
+                    compiling = thread.submit(compile_train_step, config, mesh)
+                    state = run.start()  # meanwhile
+                    step_fn = compiling.result()
+                state = run.train(state, start, train_rows, step_fn)
+            else:
+                state = run.start()
             run.finish(state, run_dir)
     return state
 
@@ -473,7 +497,7 @@ class _Run:
         )
         return init(jax.random.key(self.config.seed))
 
-    def train(self, state: TrainState, start: int, rows: Rows) -> TrainState:
+    def train(self, state: TrainState, start: int, rows: Rows, step_fn: Callable) -> TrainState:
         """All steps from `start` on. Metrics of a step are fetched once the next is dispatched, so
         no device waits.
         """
@@ -488,7 +512,7 @@ class _Run:
             _stop_requests() as stop_requested,
             closing(prefetch(make, start, config.steps, config.data.prefetch)) as batches,
         ):
-            step_fn, waiting = jit_train_step(config, self.mesh), None
+            waiting = None
             for step, batch in enumerate(batches, start=start + 1):
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
