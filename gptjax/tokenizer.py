@@ -17,6 +17,7 @@ from gptjax.config import ConfigError, DataConfig, did_you_mean
 
 SAVED_NAME = "gptjax_tokenizer.json"
 PIECE_BYTES = 1 << 18  # of a text in pieces, joined before they are encoded
+CONTEXT = 4  # bytes before a place that decide whether a text is cut there
 LONGEST_UNIT = 1 << 20  # bytes that are encoded at once; a text without a `cut` is cut there
 TRAINING_THREADS = 4  # always: in how many parts sums are made changes them in their last bits
 SENTENCE_BYTES = 4096  # the trainer of SentencePiece passes over sentences above 4,192
@@ -25,7 +26,7 @@ END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[E
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<PAD>")
 WORD_START = "▁"  # U+2581, which stands for a space in pieces
 
-Encode = Callable[[list[str]], list[list[int]]]  # texts to their ids
+Encode = Callable[[list[bytes]], list[np.ndarray]]  # texts, in UTF-8, to their ids
 
 
 class Tokenizer(Protocol):
@@ -135,11 +136,16 @@ _AFTER = (
     rb"|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}"
     rb"|\xf4[\x80-\x8f][\x80-\xbf]{2}))"
 )
-# Only spaces after punctuation are looked for, which is often enough and finds them more quickly.
-SPACES = rb" (?<=[.,;:!?] )" + _AFTER
-ASCII_SPACES = rb" (?<=[.,;:!?] )(?=[!-~])"
+# A place to cut at is where a match of these ends. Of the ends of sentences, and of lines, it is
+# those after one byte in eight, which are enough: libraries are slower on short texts. (4 of every
+# 8, for then no place is another's context: white space and what ends a sentence are not of them.)
+_EIGHTH = b"[" + b"".join(b"\\x%02x" % byte for byte in range(4, 256, 8)) + b"]"
+_SENTENCE = rb"[.!?](?<=%b[.!?])(?= )" % _EIGHTH
+SPACES = _SENTENCE + rb"(?= %b)" % _AFTER
+ASCII_SPACES = _SENTENCE + rb"(?= [!-~])"
 LONE_BREAKS = rb"\n(?<=[!-~\x80-\xff]\n)(?<!(?:%b)\n)(?<!(?:%b)\n)" % _WHITE + _AFTER
-ALL_BREAKS = rb"\n(?=[\x00-\xff])"
+# The Chinese full stop, exclamation and question mark end in the three bytes.
+ALL_BREAKS = rb"\n(?<=%b[\n.!?\x81\x82\x9f]\n)(?=[\x00-\xff])" % _EIGHTH
 
 
 class _PieceTokenizer:
@@ -162,7 +168,7 @@ class _PieceTokenizer:
         end: int | None,
         pad: int | None,
         normalises: list[str],
-        byte_ids: list[int],
+        byte_ids: np.ndarray,
         apart: str,
         cuts: list[bytes],
         unit: int,
@@ -218,7 +224,7 @@ class _PieceTokenizer:
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         units, begins, bounds = [], [], [0]
         for text in texts:
-            found, _ = self._units(text, last=True)
+            found, _ = self._units(text, 0, last=True)
             units += found
             begins += [True, *[False] * (len(found) - 1)] if found else []
             bounds.append(len(units))
@@ -226,9 +232,11 @@ class _PieceTokenizer:
         return [_join(ids[start:stop]) for start, stop in pairwise(bounds)]
 
     def encode_pieces(self, pieces: Iterable[bytes], begins: bool = True) -> Iterator[np.ndarray]:
-        left = b""
+        text, start = b"", 0
         for piece, last in _large(pieces):
-            units, left = self._units(left + piece, last)
+            text = text[max(start - CONTEXT, 0) :] + piece
+            start = min(start, CONTEXT)
+            units, start = self._units(text, start, last)
             if units:
                 yield _join(self._ids(units, [begins, *[False] * (len(units) - 1)]))
                 begins = False
@@ -236,61 +244,62 @@ class _PieceTokenizer:
     def cut(self, text: bytes, after: int) -> int | None:
         after = max(after, 1)
         found = self._cuts.finditer(text, after - 1) if self._cuts else ()
-        return next((place for place in map(_place, found) if place >= after), None)
+        return next((one.end() for one in found if one.end() >= after), None)
 
-    def _units(self, text: bytes, last: bool) -> tuple[list[bytes], bytes]:
-        """A text's units; and what is left for more of the text to come, unless this is its last.
+    def _units(self, text: bytes, start: int, last: bool) -> tuple[list[bytes], int]:
+        """The units from `start` on, and where they end: at the end if this is the text's last.
 
         Where LONGEST_UNIT bytes have no place to cut at, they are cut at a character.
         """
-        stops, start, place = [], 0, 0
+        if last and len(text) - start <= self._unit:
+            return [text[start:]], len(text)
+        stops, place = [start], start
 
         def force(end: int) -> None:
-            nonlocal start, place
+            nonlocal place
             while end - place > LONGEST_UNIT:
-                start = place = _character_start(text, place + LONGEST_UNIT)
+                place = _character_start(text, place + LONGEST_UNIT)
                 stops.append(place)
 
-        for found in self._cuts.finditer(text) if self._cuts else ():
-            following = _place(found)
-            force(following)
-            if following - start >= self._unit and following > place:
-                start = following
-                stops.append(start)
-            place = max(place, following)
+        for found in self._cuts.finditer(text, start) if self._cuts else ():
+            force(found.end())
+            place = found.end()
+            if place - stops[-1] >= self._unit:
+                stops.append(place)
         # What is less than 8 bytes from the end may yet turn out to be a place.
         force(len(text) if last else len(text) - 8)
-        if last:
-            stops += [len(text)] if start < len(text) else []
-        units = [text[start:stop] for start, stop in pairwise([0, *stops])]
-        return units, text[stops[-1] :] if stops else text
+        if last and stops[-1] < len(text):
+            stops.append(len(text))
+        return [text[start:stop] for start, stop in pairwise(stops)], stops[-1]
 
-    def _ids(self, units: list[bytes], begins: list[bool]) -> list[list[int]]:
+    def _ids(self, units: list[bytes], begins: list[bool]) -> list[np.ndarray]:
         """The ids of each unit."""
-        if not self.normalises:
-            texts = [self._plain(unit) for unit in units]
-            ids = iter(self._rest([text for text in texts if text is not None]))
-            return [
-                self._ids_apart(unit) if text is None else next(ids)
-                for unit, text in zip(units, texts, strict=True)
-            ]
-        texts = [unit.decode(errors="replace") for unit in units]
-        return _by_two(texts, begins, self._first, self._rest)
+        if self.normalises:
+            units = [unit.decode(errors="replace").encode() for unit in units]
+            return _by_two(units, begins, self._first, self._rest)
+        if self._is_plain(b"".join(units)):
+            return self._rest(units)
+        return _by_two(units, [*map(self._is_plain, units)], self._rest, self._ids_apart)
 
-    def _plain(self, unit: bytes) -> str | None:
-        """A unit as text; None if some of it must be encoded one byte at a time."""
+    def _is_plain(self, text: bytes) -> bool:
+        """Whether no byte of a text must be encoded by itself."""
         try:
-            text = unit.decode()
+            text.decode()
         except UnicodeDecodeError:
-            return None
-        return None if any(character in text for character in self._apart) else text
+            return False
+        return not (self._apart and self._apart.encode() in text)
 
-    def _ids_apart(self, unit: bytes) -> list[int]:
-        runs = self._apart_runs.split(unit.decode(errors="surrogateescape"))
-        ids = self._rest(runs[::2])
-        for i, run in enumerate(runs[1::2]):
-            ids[i] += [self._byte_ids[byte] for byte in run.encode(errors="surrogateescape")]
-        return list(chain.from_iterable(ids))
+    def _ids_apart(self, units: list[bytes]) -> list[np.ndarray]:
+        """The ids of units, some of whose bytes are encoded by themselves."""
+        ids = []
+        for unit in units:
+            runs = self._apart_runs.split(unit.decode(errors="surrogateescape"))
+            runs = [run.encode(errors="surrogateescape") for run in runs]
+            parts = self._rest(runs[::2])
+            single = [self._byte_ids[np.frombuffer(run, np.uint8)] for run in runs[1::2]]
+            pairs = zip(parts, [*single, self._byte_ids[:0]], strict=True)
+            ids.append(_join([*chain.from_iterable(pairs)]))
+        return ids
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that ids stand for.
@@ -314,19 +323,12 @@ class _PieceTokenizer:
         _save(folder, self, {self.file_name: self._content})
 
 
-def _place(found: re.Match) -> int:
-    """Where a text is cut: before a space, after a line break."""
-    return found.start() if found[0] == b" " else found.end()
-
-
 def _character_start(text: bytes, position: int) -> int:
-    """The last byte up to `position` that can begin a character, but none that is a line break:
-    whether a text is cut after that depends on what was before it.
-    """
+    """The last byte up to `position` that can begin a character of UTF-8, which has at most 4."""
     earliest = position - 3
     while position > earliest and text[position] & 0xC0 == 0x80:
         position -= 1
-    return position + (text[position] == 0x0A)
+    return position
 
 
 def _large(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
@@ -341,7 +343,9 @@ def _large(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield b"".join(waiting), True
 
 
-def _by_two(texts: list[str], choices: list[bool], one: Encode, other: Encode) -> list[list[int]]:
+def _by_two(
+    texts: list[bytes], choices: list[bool], one: Encode, other: Encode
+) -> list[np.ndarray]:
     """The ids of texts: by `one` where the choice is True, and else by `other`."""
     chosen = list(zip(texts, choices, strict=True))
     ones = iter(one([text for text, choice in chosen if choice]))
@@ -349,8 +353,8 @@ def _by_two(texts: list[str], choices: list[bool], one: Encode, other: Encode) -
     return [next(ones if choice else others) for choice in choices]
 
 
-def _join(ids: list[list[int]]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids)))
+def _join(ids: list[np.ndarray]) -> np.ndarray:
+    return ids[0] if len(ids) == 1 else np.concatenate([np.empty(0, np.int32), *ids])
 
 
 def _changed(tokenizer: Tokenizer) -> Iterator[str]:
@@ -459,9 +463,9 @@ class SentencePieceTokenizer(_PieceTokenizer):
             else processor
         )
 
-        def rest(texts: list[str]) -> list[list[int]]:
+        def rest(texts: list[bytes]) -> list[np.ndarray]:
             # A space at the beginning is left out, so one that is put there takes its place.
-            lost = [one_space and text.startswith(" ") for text in texts]
+            lost = [text.startswith(b" ") for text in texts]
             return _by_two(texts, lost, _encoder(dummy), _encoder(bare))
 
         super().__init__(
@@ -472,7 +476,7 @@ class SentencePieceTokenizer(_PieceTokenizer):
             end=processor.eos_id() if processor.eos_id() in controls else None,
             pad=processor.pad_id() if processor.pad_id() in controls else None,
             normalises=normalises,
-            byte_ids=[byte_ids[byte] for byte in range(256)] if complete else [],
+            byte_ids=np.array([byte_ids[byte] for byte in range(256 * complete)], np.int32),
             apart=WORD_START,
             cuts=spaces + [ALL_BREAKS] * lines,
             # Unigram adds up scores in 32 bits: where a unit begins can turn a tie.
@@ -489,7 +493,7 @@ def _processor(content: bytes) -> Any:
 
 
 def _encoder(processor: Any) -> Encode:
-    return lambda texts: processor.encode(texts, out_type=int)
+    return lambda texts: processor.encode(texts, return_type="numpy") if texts else []
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -769,10 +773,10 @@ class BPETokenizer(_PieceTokenizer):
             end=_first_named(END_NAMES, special),
             pad=_first_named(PAD_NAMES, special),
             normalises=normalises,
-            byte_ids=[vocab[name] for name in alphabet] if byte_level else [],
+            byte_ids=np.array([vocab[name] for name in alphabet if byte_level], np.int32),
             apart="",
             cuts=_bpe_cuts(normalizers, splitters, vocab, added, bool(normalises)),
-            unit=1 << 16,  # the library is slower on long texts, and on short ones
+            unit=1 << 13,  # the library is slower on long texts, and on short ones
             first=lambda texts: _encode_fast(library, texts),
             rest=lambda texts: _encode_fast(bare, texts),
         )
@@ -786,8 +790,9 @@ def _library(spec: dict) -> Any:
     return library
 
 
-def _encode_fast(library: Any, texts: list[str]) -> list[list[int]]:
-    return [one.ids for one in library.encode_batch_fast(texts, add_special_tokens=False)]
+def _encode_fast(library: Any, texts: list[bytes]) -> list[np.ndarray]:
+    found = library.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+    return [np.array(one.ids, np.int32) for one in found]
 
 
 def _steps(step: dict | None) -> Iterator[dict]:
