@@ -20,6 +20,7 @@ PIECE_BYTES = 1 << 18  # of a text in pieces, joined before they are encoded
 CONTEXT = 4  # bytes before a place that decide whether a text is cut there
 LONGEST_UNIT = 1 << 20  # bytes that are encoded at once; a text without a `cut` is cut there
 TRAINING_THREADS = 4  # always: in how many parts sums are made changes them in their last bits
+MEASURED_SENTENCES = 10_000  # of those it was trained on, for a tokenizer's bytes per token
 SENTENCE_BYTES = 4096  # the trainer of SentencePiece passes over sentences above 4,192
 
 END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|end|>")
@@ -180,7 +181,7 @@ class _PieceTokenizer:
           content: of the file that is kept.
           where: it comes from, for messages.
           table: what each id stands for.
-          special: their spellings.
+          special: what is spelled as ids that no text may become.
           end, pad: None if there is none yet.
           normalises: what is changed, by what the file says.
           byte_ids: of each byte; needed if nothing is normalised.
@@ -251,7 +252,7 @@ class _PieceTokenizer:
 
         Where LONGEST_UNIT bytes have no place to cut at, they are cut at a character.
         """
-        if last and len(text) - start <= self._unit:
+        if last and len(text) - start <= min(self._unit, LONGEST_UNIT):
             return [text[start:]], len(text)
         stops, place = [start], start
 
@@ -543,6 +544,7 @@ class Trained(NamedTuple):
     num_sentences: int
     used_bytes: int
     num_bytes: int
+    bytes_per_token: float  # of what was used, or a part of that
 
 
 def train_sentencepiece(
@@ -613,8 +615,11 @@ def train_sentencepiece(
     tokenizer = SentencePieceTokenizer(content, str(path))
     assert not tokenizer.normalises, tokenizer.normalises
     _write(path, content)
-    used = sum(len(sentence.encode()) for sentence in sentences)
-    return Trained(tokenizer, len(sentences), num_sentences, used, num_bytes)
+    used = [sentence.encode() for sentence in sentences]
+    some = used[:: 1 + len(used) // MEASURED_SENTENCES]
+    ratio = sum(map(len, some)) / sum(map(len, tokenizer.encode_batch(some)))
+    used_bytes = sum(map(len, used))
+    return Trained(tokenizer, len(used), num_sentences, used_bytes, num_bytes, ratio)
 
 
 def _sample(texts: Iterable[str | bytes], max_bytes: int) -> tuple[list[str], int, int]:
@@ -730,6 +735,7 @@ class BPETokenizer(_PieceTokenizer):
                 "which it would leave out; train it with all bytes in its alphabet"
             )
         special = {one["id"]: one["content"] for one in added if one["special"]}
+        unknown = model.get("unk_token")
         texts = {one["id"]: one["content"].encode() for one in added if not one["special"]}
         bytes_of = {name: byte for byte, name in enumerate(alphabet)}
 
@@ -756,7 +762,7 @@ class BPETokenizer(_PieceTokenizer):
         if not byte_level:
             normalises.append("'▁' becomes a space")
             if not model.get("byte_fallback"):
-                becomes = f"become {model['unk_token']!r}" if model.get("unk_token") else "are lost"
+                becomes = f"become {unknown!r}" if unknown else "are lost"
                 normalises.append(f"characters outside the vocabulary {becomes}")
         if normalises:
             normalises.append("bytes that are not UTF-8 become U+FFFD")
@@ -769,7 +775,7 @@ class BPETokenizer(_PieceTokenizer):
             content,
             where,
             table=[meaning(token, names[token]) for token in range(len(names))],
-            special=special,
+            special={token: name for token, name in special.items() if name != unknown},
             end=_first_named(END_NAMES, special),
             pad=_first_named(PAD_NAMES, special),
             normalises=normalises,
@@ -849,11 +855,11 @@ def _bpe_cuts(
 ) -> list[bytes]:
     """The patterns of places that a text may be cut at, as `_PieceTokenizer` takes them."""
     types = [step["type"] for step in splitters]
-    if any(
-        re.search(r"\s", one["content"][1:]) or one["content"][0] == "\n" or one["rstrip"]
-        for one in added
-        if not one["special"]
-    ):
+    found = [one for one in added if not one["special"]]
+    if any(re.search(r"\n|(?<!^)\s", one["content"]) or one["rstrip"] for one in found):
+        return []
+    # What is put before the text is put before what follows an added token, too.
+    if found and any(map(_is_prefix, [*normalizers, *splitters])):
         return []
     if any(step["type"] not in _KNOWN_NORMALIZERS for step in normalizers):
         return []
@@ -1068,8 +1074,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give the folder `tokenizer` of a run")
     saved = _read_json(path)
-    if saved.get("kind") in _KEPT:
-        kind = _KEPT[saved["kind"]]
+    if kind := _KEPT.get(str(saved.get("kind"))):
         path = folder / kind.file_name
         content = _read(path)
         now = hashlib.sha256(content).hexdigest()
