@@ -45,7 +45,7 @@ def some_text() -> str:
 
 
 TEXT = some_text()
-EXACT = ("bytes", "unigram", "bpe", "byte-level")
+EXACT = ("bytes", "unigram", "bpe", "byte-level", "split")
 NORMALISING = ("nmt_nfkc", "spaces", "metaspace", "prefix")
 
 # Text around places where it may be cut, and what is like them.
@@ -126,8 +126,16 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     prefix.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     added = byte_level()
     added.add_tokens([AddedToken("<b>", normalized=False)])
+    split = byte_level()
+    split.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(module._KNOWN_SPLITS[0]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     for name, library in [
         ("byte-level", added),
+        ("split", split),
         ("metaspace", metaspace()),
         ("prefix", prefix),
     ]:
@@ -248,7 +256,7 @@ def test_ids_are_the_librarys(tokenizers, text):
             continue
         library = SentencePieceProcessor(model_proto=tokenizers[name]._content)
         assert tokenizers[name].encode(text).tolist() == library.encode(text)
-    for name in ("byte-level", "metaspace", "prefix"):
+    for name in ("byte-level", "split", "metaspace", "prefix"):
         library = Library.from_str(tokenizers[name]._content.decode())
         library.encode_special_tokens = True
         ids = library.encode(text, add_special_tokens=False).ids
