@@ -38,15 +38,14 @@ def some_text() -> str:
     for _ in range(400):
         lengths = draw.integers(1, 5, draw.integers(1, 9))
         words = ("".join(draw.choice(SYLLABLES, length)) for length in lengths)
-        text += " ".join(words).capitalize() + draw.choice(
-            [". ", "! ", ".\n", ",  ", "。\n", "\n\n"]
-        )
+        ending = draw.choice([". ", "! ", ".\n", ",  ", "。\n", "\n\n", "\xa0\n\n"])
+        text += " ".join(words).capitalize() + ending
     return text
 
 
 TEXT = some_text()
 EXACT = ("bytes", "unigram", "bpe", "byte-level", "split")
-NORMALISING = ("nmt_nfkc", "spaces", "metaspace", "prefix")
+NORMALISING = ("nmt_nfkc", "spaces", "dummy", "metaspace", "prefix")
 
 # Text around places where it may be cut, and what is like them.
 PARTS = [
@@ -120,7 +119,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
         path = folder / f"{kind}.model"
         train_sentencepiece([TEXT], path, vocab_size=310, kind=kind)
         made[kind] = make_tokenizer(DataConfig(tokenizer=str(path)))
-    made |= {name: sentencepiece(folder, name) for name in ("nmt_nfkc", "spaces")}
+    made |= {name: sentencepiece(folder, name) for name in ("nmt_nfkc", "spaces", "dummy")}
     prefix = byte_level()
     prefix.normalizer = normalizers.NFC()
     prefix.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -152,6 +151,8 @@ def sentencepiece(folder: Path, name: str) -> Tokenizer:
     options = {
         "nmt_nfkc": {"byte_fallback": True, "vocab_size": 310},
         "spaces": {"normalization_rule_name": "identity", "add_dummy_prefix": False},
+        "dummy": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+        "phrases": {"split_by_whitespace": False},
     }
     SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines()),
@@ -218,8 +219,28 @@ def test_there_are_places_to_cut(each):
     assert each.cut(text, len(text) - 1) == (len(text) - 1 if each.kind == "bytes" else None)
 
 
+def test_what_leaves_no_place_to_cut(tokenizers, tmp_path):
+    """Pieces and added tokens that go on after a space, and rules that are not known."""
+    text = b"They told it. They did."
+    assert tokenizers["byte-level"].cut(text, 1) == 13
+    made = {name: byte_level() for name in ("stripped", "long", "prefix", "unknown")}
+    made["stripped"].add_tokens([AddedToken("it.", rstrip=True)])
+    made["long"].add_tokens([AddedToken("it. They")])
+    made["prefix"].add_tokens([AddedToken("<b>")])
+    made["prefix"].pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made["unknown"].pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("T"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    for name, library in made.items():
+        path = tmp_path / f"{name}.json"
+        library.save(str(path))
+        assert make_tokenizer(DataConfig(tokenizer=str(path))).cut(text, 1) is None, name
+    assert sentencepiece(tmp_path, "phrases").cut(text, 1) is None
+
+
 @several
 @given(BYTES, st.lists(st.integers(0, 200), max_size=5), st.booleans())
+@example(b"xxxxxxxxd. " + b"told" * 10, [9], True)  # the place is known by what was cut off
 def test_the_pieces_of_a_text_do_not_matter(each, text, bounds, short):
     with pytest.MonkeyPatch.context() as patch:
         if short:  # so that there are units without a place to cut at
@@ -251,7 +272,7 @@ def test_ids_are_the_librarys(tokenizers, text):
     """Each library's own for the whole text; "▁" and special tokens are told below."""
     from sentencepiece import SentencePieceProcessor
 
-    for name in ("unigram", "bpe", "nmt_nfkc", "spaces"):
+    for name in ("unigram", "bpe", "nmt_nfkc", "spaces", "dummy"):
         if "▁" in text and not tokenizers[name].normalises:
             continue
         library = SentencePieceProcessor(model_proto=tokenizers[name]._content)
@@ -352,7 +373,6 @@ def test_both_namings_of_gpt2s_files_are_one(gpt2, shared_data, tmp_path):
         make_tokenizer(DataConfig(tokenizer=str(tmp_path)))
 
 
-@pytest.mark.slow
 def test_gpt2_is_that_of_transformers(gpt2, shared_data):
     transformers = pytest.importorskip("transformers")
     folder = shared_data / "gpt2-bpe"
@@ -380,7 +400,7 @@ def test_training_is_a_function_of_the_text(tmp_path):
     models = {path.read_bytes() for path in tmp_path.iterdir()}
     assert len(models) == 1 and len(list(tmp_path.iterdir())) == 3
     tokenizer = make_tokenizer(DataConfig(tokenizer=str(tmp_path / "a.model")))
-    assert len(tokenizer.encode(TEXT)) < 0.75 * len(TEXT)
+    assert len(tokenizer.encode(TEXT)) < 0.75 * len(TEXT.encode())
 
 
 def test_training_on_strange_text(tmp_path):
