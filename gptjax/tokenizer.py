@@ -407,7 +407,11 @@ class SentencePieceTokenizer(_PieceTokenizer):
             processor = _processor(content)
             count = processor.get_piece_size()
             pieces = processor.id_to_piece(list(range(count)))
-        except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+            # By the numbers of sentencepiece_model.proto, in SentencePiece's repository.
+            unknown = trainer.get(44, " ⁇ ".encode()).decode()
+            rule = normalizer.get(1, b"").decode()
+            dummy_prefix, one_space, escaped = (normalizer.get(number, 1) for number in (3, 4, 5))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
             raise ConfigError(
                 f"{where}: not a whole SentencePiece model ({error!r}); copy or train it again"
             ) from None
@@ -420,31 +424,27 @@ class SentencePieceTokenizer(_PieceTokenizer):
         byte_ids = {
             int(piece[3:5], 16): i for i, piece in enumerate(pieces) if processor.is_byte(i)
         }
-        unknown = trainer.get(44, " ⁇ ".encode())
         table = [
             b""
             if i in controls
             else bytes([int(piece[3:5], 16)])
             if processor.is_byte(i)
-            else unknown
+            else unknown.encode()
             if processor.is_unknown(i)
             else piece.replace(WORD_START, " ").encode()
             for i, piece in enumerate(pieces)
         ]
-        # By the numbers of sentencepiece_model.proto, in SentencePiece's repository.
-        name, dummy_prefix = normalizer.get(1, b"").decode(errors="replace"), normalizer.get(3, 1)
-        one_space, escaped = normalizer.get(4, 1), normalizer.get(5, 1)
         by_rule = bool(normalizer.get(2))
         complete = len(byte_ids) == 256 and WORD_START in pieces
         normalises = []
         if by_rule:
-            normalises.append(f"characters are changed by the rule {name!r}")
+            normalises.append(f"characters are changed by the rule {rule!r}")
         if one_space:
             normalises.append("spaces at both ends are left out, and several become one")
         if dummy_prefix:
             normalises.append("a space is put before the text")
         if not complete:
-            normalises.append(f"characters outside the vocabulary become {unknown.decode()!r}")
+            normalises.append(f"characters outside the vocabulary become {unknown!r}")
         if not escaped or spec.get(5):
             normalises.append("spaces or characters are changed when ids become text")
         if normalises:
@@ -454,7 +454,7 @@ class SentencePieceTokenizer(_PieceTokenizer):
             WORD_START in piece.lstrip(WORD_START) or " " in piece[1:] for piece in pieces
         )
         lines = not normalises and not any("\n" in piece[:-1] for piece in pieces)
-        known = not by_rule or name in ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
+        known = not by_rule or rule in ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
         spaces = [ASCII_SPACES if normalises else SPACES] if words and known else []
         # Fields that are appended to a model in protobuf take the place of those before.
         bare = _processor(content + b"\x1a\x02\x18\x00") if dummy_prefix else processor
@@ -1063,6 +1063,9 @@ def _from_folder(folder: Path) -> Tokenizer:
     )
 
 
+_KEPT = {kind.kind: kind for kind in (SentencePieceTokenizer, BPETokenizer)}  # as a file
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that was saved in a folder.
 
@@ -1092,9 +1095,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "use the version that saved it"
         )
     return tokenizer
-
-
-_KEPT = {kind.kind: kind for kind in (SentencePieceTokenizer, BPETokenizer)}  # with a file
 
 
 def _save(folder: Path, tokenizer: Tokenizer, files: dict[str, bytes]) -> None:
