@@ -11,7 +11,8 @@ _FILE_OF = {
     for file, names in {
         "config": "Config ConfigError DataConfig GPT2 GPT3 GPTConfig MeshConfig MixtureConfig "
         "OptimizerConfig SampleConfig check from_json load_experiment to_json",
-        "tokenizer": "ByteTokenizer StreamDecoder Tokenizer load_tokenizer make_tokenizer",
+        "tokenizer": "BPETokenizer ByteTokenizer SentencePieceTokenizer StreamDecoder Tokenizer "
+        "load_tokenizer make_tokenizer train_sentencepiece",
         "corpus": "DataError",
         "data": "Batch",
         "sharding": "make_mesh",

@@ -1,4 +1,4 @@
-"""The command line: `gptjax train | generate | predict | inspect | data`.
+"""The command line: `gptjax train | generate | predict | inspect | data | tokenizer`.
 
 The only file that reads arguments. JAX is imported by a verb, after its arguments have passed the
 checks, so `--help` and refusals are quick.
@@ -11,11 +11,12 @@ import os
 import platform
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -23,6 +24,7 @@ from gptjax.config import (
     Config,
     ConfigError,
     Count,
+    DataConfig,
     Kind,
     MeshConfig,
     NotNegative,
@@ -39,6 +41,8 @@ from gptjax.config import (
 )
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from gptjax.config import GPTConfig
     from gptjax.data import Exclusion, Passage, Rows
     from gptjax.model import Params
@@ -132,9 +136,40 @@ class Data:
     debug: bool = False  # show the traceback of an error
 
 
+@dataclass(frozen=True)
+class TrainTokenizer:
+    """Train a SentencePiece model on the text of files, folders or globs."""
+
+    more: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()
+    out: str | None = None  # FILE.model, the new file
+    vocab_size: Count = 8000  # pieces, with 256 of bytes, and unknown, end and padding
+    kind: Literal["unigram", "bpe"] = "unigram"
+    character_coverage: Probability = 0.9995  # of the text has pieces; the rest becomes bytes
+    split_digits: bool = False  # each digit is a piece of its own
+    max_bytes: Count = 100 << 20  # of text that is learnt from; of more, a sample spread over it
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass(frozen=True)
+class InspectTokenizer:
+    """Say what a tokenizer is, what it changes, and how many bytes of a text a token has."""
+
+    text: tuple[str, ...] = ()  # files, folders or globs, one of each language perhaps
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass(frozen=True)
+class EncodeText:
+    """Print the ids of a text, each with what it stands for."""
+
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
+    debug: bool = False  # show the traceback of an error
+
+
 def main() -> int:
     """Run the command line; the exit code."""
     arguments = sys.argv[1:]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes
     sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     log = logging.getLogger("gptjax")
     log.addHandler(logging.StreamHandler())
@@ -161,20 +196,23 @@ def run_verb(arguments: Sequence[str]) -> None:
       ConfigError: for arguments that are refused; and whatever the verb raises.
       SystemExit: with code 0, after `--help`.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    groups = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
+    if {*arguments[:2]} <= {"-h", "--help", *groups} or arguments[0] in ("-h", "--help"):
         print("usage: gptjax VERB ...\n")
         for verb, (_, options) in VERBS.items():
-            print(f"  {verb:10}{options.__doc__}")
+            print(f"  {verb:19}{options.__doc__}")
         print("\n`gptjax VERB --help` lists the options of a verb.")
         return
     verb, *rest = arguments
+    if verb in groups and rest:
+        verb = f"{verb} {rest.pop(0)}"
     if verb not in VERBS:
         near = did_you_mean(verb, VERBS)
         raise ConfigError(f"{verb!r} is not a verb: give one of {', '.join(VERBS)}.{near}")
     run, options = VERBS[verb]
     target = rest.pop(0) if rest and not rest[0].startswith("-") else None
     default = Train(config=load_experiment(target)) if run is train and target else options()
-    placeholder = "FILE" if run is train else "RUN"
+    placeholder = PLACEHOLDERS.get(verb, "RUN")
     given, problems = parse(default, f"gptjax {verb} {target or placeholder}", rest)
     if target is None:
         raise ConfigError(
@@ -236,7 +274,7 @@ def _lenient() -> tyro.constructors.ConstructorRegistry:
         if kind.base is not tuple and kind.base not in words:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1 if tyro.conf.Positional in info.markers else "*",
+            nargs=1 if tyro.conf.Positional in info.markers and kind.base is not tuple else "*",
             metavar=f"{word(kind)}|None" if kind.optional else word(kind),
             instance_from_str=lambda texts: _value(texts, kind),
             is_instance=kind.takes,
@@ -675,6 +713,86 @@ def _aligned(lines: list[tuple[str, ...]]) -> str:
     )
 
 
+def train_tokenizer(first: str, given: TrainTokenizer) -> None:
+    """Train a tokenizer, and say how well it does."""
+    from tqdm import tqdm
+
+    from gptjax.tokenizer import train_sentencepiece
+
+    if not (given.out or "").endswith(".model"):
+        raise ConfigError(f"out = {given.out!r}: give the new file, as in --out text.model")
+    with tqdm(desc="reading", unit="B", unit_scale=True) as bar:
+        trained = train_sentencepiece(
+            _texts((first, *given.more), bar, then="training"),
+            Path(given.out),
+            vocab_size=given.vocab_size,
+            kind=given.kind,
+            character_coverage=given.character_coverage,
+            split_digits=given.split_digits,
+            max_bytes=given.max_bytes,
+        )
+    print(f"text       {trained.used_bytes:,} of {trained.num_bytes:,} bytes were learnt from")
+    print(
+        f"tokenizer  {given.out}: {trained.tokenizer.vocab_size:,} pieces, {given.kind}, "
+        f"{trained.bytes_per_token:.3f} bytes per token of that text"
+    )
+    print(f"next       gptjax train FILE.py --data.tokenizer {given.out}")
+
+
+def _texts(paths: tuple[str, ...], bar: "tqdm", then: str = "") -> Iterator[bytes]:
+    """The text of files, in pieces that end where a line does; the bar says `then` at the end."""
+    from gptjax.corpus import PIECE_BYTES, find_files
+
+    documents = (one for file in find_files(paths, field="TEXT") for one in file.documents())
+    for document in documents:
+        left = b""
+        for piece in document.pieces():
+            bar.update(len(piece))
+            lines, end, left = (left + piece).rpartition(b"\n")
+            yield lines + end
+            if len(left) >= PIECE_BYTES:
+                yield left
+                left = b""
+        yield left
+    bar.set_description_str(then)
+
+
+def inspect_tokenizer(name: str, given: InspectTokenizer) -> None:
+    """Print what a tokenizer is, and what it makes of texts."""
+    from tqdm import tqdm
+
+    from gptjax.tokenizer import make_tokenizer
+
+    tokenizer = make_tokenizer(DataConfig(tokenizer=name))
+    print(f"kind         {tokenizer.kind}")
+    print(f"ids          {tokenizer.vocab_size:,}")
+    print(f"special      end of text {tokenizer.end}, padding {tokenizer.pad}")
+    print(f"fingerprint  {tokenizer.fingerprint}")
+    changes = tokenizer.normalises or ("nothing: every text, and every byte string, comes back",)
+    print("changes      " + "\n             ".join(changes))
+    for path in given.text:
+        num_bytes = num_tokens = 0
+        start = time.perf_counter()
+        with tqdm(desc=path, unit="B", unit_scale=True, leave=False) as bar:
+            for text in _texts((path,), bar):
+                num_bytes += len(text)
+                num_tokens += len(tokenizer.encode(text))
+        speed = num_bytes / (time.perf_counter() - start) / 1e6
+        print(
+            f"text         {path}: {num_bytes:,} bytes, {num_tokens:,} tokens, "
+            f"{num_bytes / max(num_tokens, 1):.3f} bytes per token, {speed:.1f} MB/s"
+        )
+
+
+def encode_text(name: str, given: EncodeText) -> None:
+    """Print the ids of a text."""
+    from gptjax.tokenizer import make_tokenizer
+
+    tokenizer = make_tokenizer(DataConfig(tokenizer=name))
+    for token in tokenizer.encode(os.fsencode(given.text)).tolist():
+        print(f"{token:8}  {_token_text(tokenizer, token)}")
+
+
 def _load(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "Tokenizer"]:
     """The parameters of a checkpoint on one device, with their model and tokenizer."""
     import jax
@@ -696,4 +814,14 @@ VERBS = {
     "predict": (predict, Predict),
     "inspect": (inspect, Inspect),
     "data": (data, Data),
+    "tokenizer train": (train_tokenizer, TrainTokenizer),
+    "tokenizer inspect": (inspect_tokenizer, InspectTokenizer),
+    "tokenizer encode": (encode_text, EncodeText),
+}
+# What a verb's first argument is called, unless that is RUN.
+PLACEHOLDERS = {
+    "train": "FILE",
+    "tokenizer train": "TEXT",
+    "tokenizer inspect": "TOKENIZER",
+    "tokenizer encode": "TOKENIZER",
 }

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, last words, and what it leaves behind."""
 
 import errno
+import hashlib
 import json
 import subprocess
 import sys
@@ -120,7 +121,10 @@ def test_bad_experiments(folder, monkeypatch, capsys, selector, source, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "'trian' is not a verb: give one of train, generate, predict, inspect, data"),
+        (
+            ["trian"],
+            "'trian' is not a verb: give one of train, generate, predict, inspect, data, tokenizer",
+        ),
         (["train"], "FILE is missing: give it first, as in `gptjax train FILE`"),
         (["train", "--steps", "3"], "FILE is missing"),
         (["inspect"], "RUN is missing"),
@@ -128,6 +132,12 @@ def test_bad_experiments(folder, monkeypatch, capsys, selector, source, words):
         (["generate", "run", "--top-p", "1.5"], "top_p = 1.5: must be a number from 1e-30 to 1"),
         (["generate", "run", "--max-token", "3"], "--max-token: there is no such option. Did you"),
         (["predict", "run", "text", "more"], "'more': one argument too many"),
+        (["tokenizer", "trian"], "'tokenizer trian' is not a verb: give one of"),
+        (["tokenizer", "train"], "TEXT is missing: give it first, as in `gptjax tokenizer train"),
+        (["tokenizer", "train", "a.txt"], "out = None: give the new file, as in --out text.model"),
+        (["tokenizer", "train", "a", "--kind", "x"], "kind = 'x': must be one of 'unigram', 'bpe'"),
+        (["tokenizer", "inspect"], "TOKENIZER is missing"),
+        (["tokenizer", "encode", "byts", "text"], "data.tokenizer: byts: there is no 'byts' in"),
     ],
 )
 def test_bad_arguments(monkeypatch, capsys, arguments, words):
@@ -237,6 +247,40 @@ def test_runs_and_steps_that_are_not_there(monkeypatch, capsys, run_dir, verb):
         assert code == 4
         assert err.startswith("gptjax: error[4]: ")
         assert "small" in err or "give one of 3" in err
+
+
+def test_tokenizer(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for name in ("first.txt", "second.txt"):
+        words = draw.choice("the quick brown fox jumps over a lazy dog again".split(), 3000)
+        Path(name).write_text(" ".join(words) + "\n")
+    arguments = ["first.txt", "second.txt", "--out", "fox.model", "--vocab-size", "290"]
+    out = printed(monkeypatch, capsys, "tokenizer", "train", *arguments)
+    size = sum(Path(name).stat().st_size for name in arguments[:2]) - 2  # line breaks
+    assert f"{size:,} of {size:,} bytes were learnt from" in out
+    assert "tokenizer  fox.model: 290 pieces, unigram" in out
+    assert out.endswith("next       gptjax train FILE.py --data.tokenizer fox.model\n")
+    code, err = last_words(monkeypatch, capsys, "tokenizer", "train", *arguments)
+    assert code == 2 and "fox.model: is there already" in err
+
+    out = printed(
+        monkeypatch, capsys, "tokenizer", "inspect", "fox.model", "--text", *arguments[:2]
+    )
+    lines = [line.split(None, 1) for line in out.splitlines()]
+    assert [word for word, _ in lines] == "kind ids special fingerprint changes text text".split()
+    assert lines[3][1] == hashlib.sha256(Path("fox.model").read_bytes()).hexdigest()
+    assert lines[5][1].startswith(f"first.txt: {Path('first.txt').stat().st_size:,} bytes, ")
+
+    out = printed(monkeypatch, capsys, "tokenizer", "encode", "fox.model", "the é\udcff")
+    words = [line.split(None, 1)[1] for line in out.splitlines()]
+    assert words[-3:] == ["b'\\xc3'", "b'\\xa9'", "b'\\xff'"]
+
+
+def test_help_of_the_verbs_of_tokenizers(folder):
+    for arguments in (["tokenizer", "--help"], ["tokenizer", "train", "--help"]):
+        code, out, _ = without_jax(folder, *arguments)
+        assert code == 0 and "tokenizer train" in out
 
 
 # --- training ----------------------------------------------------------------------------------
