@@ -73,6 +73,8 @@ REMEDIES = {
     errno.EIO: "check the disk",
 }
 
+PIECE_BYTES = 1 << 22  # of a line that is learnt from at once
+
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as the variable GLIBC_TUNABLES takes it
 
 
@@ -138,10 +140,11 @@ class Data:
 
 @dataclass(frozen=True)
 class TrainTokenizer:
-    """Train a SentencePiece model on the text of files, folders or globs."""
+    """Train a SentencePiece model on text, given as to --data.path."""
 
     more: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()
     out: str | None = None  # FILE.model, the new file
+    text_field: str = "text"  # of a record that has several fields, such as a line of JSON
     vocab_size: Count = 8000  # pieces, with 256 of bytes, and unknown, end and padding
     kind: Literal["unigram", "bpe"] = "unigram"
     character_coverage: Probability = 0.9995  # of the text has pieces; the rest becomes bytes
@@ -154,7 +157,8 @@ class TrainTokenizer:
 class InspectTokenizer:
     """Say what a tokenizer is, what it changes, and how many bytes of a text a token has."""
 
-    text: tuple[str, ...] = ()  # files, folders or globs, one of each language perhaps
+    text: tuple[str, ...] = ()  # as --data.path; one of each language perhaps
+    text_field: str = "text"  # of a record that has several fields, such as a line of JSON
     debug: bool = False  # show the traceback of an error
 
 
@@ -723,7 +727,7 @@ def train_tokenizer(first: str, given: TrainTokenizer) -> None:
         raise ConfigError(f"out = {given.out!r}: give the new file, as in --out text.model")
     with tqdm(desc="reading", unit="B", unit_scale=True) as bar:
         trained = train_sentencepiece(
-            _texts((first, *given.more), bar, then="training"),
+            _text_of((first, *given.more), given.text_field, bar, then="training"),
             Path(given.out),
             vocab_size=given.vocab_size,
             kind=given.kind,
@@ -739,14 +743,18 @@ def train_tokenizer(first: str, given: TrainTokenizer) -> None:
     print(f"next       gptjax train FILE.py --data.tokenizer {given.out}")
 
 
-def _texts(paths: tuple[str, ...], bar: "tqdm", then: str = "") -> Iterator[bytes]:
-    """The text of files, in pieces that end where a line does; the bar says `then` at the end."""
-    from gptjax.corpus import PIECE_BYTES, find_files
+def _text_of(
+    paths: tuple[str, ...], text_field: str, bar: "tqdm", then: str = ""
+) -> Iterator[bytes]:
+    """The text of what paths name, in pieces that end where a line does; the bar says `then` at
+    the end.
+    """
+    from gptjax.sources import find_sources
 
-    documents = (one for file in find_files(paths, field="TEXT") for one in file.documents())
-    for document in documents:
+    sources = find_sources(DataConfig(path=paths, text_field=text_field))
+    for record in (record for source in sources for record in source.records()):
         left = b""
-        for piece in document.pieces():
+        for piece in record.pieces():
             bar.update(len(piece))
             lines, end, left = (left + piece).rpartition(b"\n")
             yield lines + end
@@ -774,7 +782,7 @@ def inspect_tokenizer(name: str, given: InspectTokenizer) -> None:
         num_bytes = num_tokens = 0
         start = time.perf_counter()
         with tqdm(desc=path, unit="B", unit_scale=True, leave=False) as bar:
-            for text in _texts((path,), bar):
+            for text in _text_of((path,), given.text_field, bar):
                 num_bytes += len(text)
                 num_tokens += len(tokenizer.encode(text))
         speed = num_bytes / (time.perf_counter() - start) / 1e6
