@@ -137,10 +137,14 @@ class DataConfig:
     valid_path: tuple[str, ...] = ()  # as path, for validation; without it `holdout` decides
     # share kept for validation: whole documents, or the tail of a single one
     holdout: Share = 0.1
-    # of files: auto goes by the ending, .jsonl .csv .tsv .parquet, and takes all others as text
-    format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet"] = "auto"
-    text_field: str = "text"  # of a record that has several fields, such as a line of JSON
-    tfds_split: str = "train"  # of tfds:NAME
+    # of files: auto goes by the ending, .json .jsonl .csv .tsv .parquet, and takes all others as
+    # text; json is a list of records
+    format: Literal["auto", "text", "json", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    # of a record that has several fields, such as a line of JSON; a list of strings is lines
+    text_field: str = "text"
+    # of tfds:NAME, where tfds:NAME@SPLIT does not say, and of a folder that holds several splits of
+    # a Hugging Face data set, where FOLDER/SPLIT does not
+    tfds_split: str = "train"
     tfds_dir: str | None = None  # where TFDS keeps data sets; None: as TFDS does
     tfds_prepare: bool = False  # download and prepare a data set that is not there
     on_bad_record: Literal["error", "skip"] = "error"  # skip: count and list them; at most 0.1 %

@@ -33,7 +33,13 @@ READ_BYTES = 1 << 20  # of a file, at once
 # follows into memory, at four bytes a character.
 FIELD_LIMIT = 1 << 28
 PACKED = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
-ENDINGS = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+ENDINGS = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 # What stores call the checksum of a file, or else the time when it was written.
 TAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Last-Modified")
 MAGIC = re.compile(r"[*?[]")  # in a glob
@@ -82,14 +88,16 @@ class Source:
 
     name: str  # the same on every machine: its place below the path that was given
     where: str  # path, URL, tfds:NAME@SPLIT, or FILE.py:function
-    kind: Literal["text", "jsonl", "csv", "tsv", "parquet", "tfds", "hf", "function"]
+    kind: Literal["text", "json", "jsonl", "csv", "tsv", "parquet", "tfds", "hf", "function"]
     text_field: str = "text"
     tfds_dir: str | None = None
 
     @property
     def seekable(self) -> bool:
         """Whether `records(cursor)` begins there without reading what lies before."""
-        return self.kind in ("tfds", "hf") or (self.kind != "function" and not _packing(self.where))
+        if self.kind in ("tfds", "hf"):
+            return True
+        return self.kind not in ("json", "function") and not _packing(self.where)
 
     def records(
         self, cursor: int = 0, on_bad: OnBad | None = None, position: int | None = None
@@ -107,6 +115,7 @@ class Source:
         """
         read = {
             "text": _read_text,
+            "json": _read_json,
             "jsonl": _read_jsonl,
             "csv": _read_csv,
             "tsv": _read_csv,
@@ -624,12 +633,17 @@ def _json_text(line: bytes, field: str) -> bytes:
     except ValueError as error:  # a number of too many digits
         raise _Flaw(f"not JSON that can be read ({error})") from None
     del text  # it may be large
+    return _text_in(value, field, "the line")
+
+
+def _text_in(value: Any, field: str, what: str) -> bytes:
+    """The text of a record: its field, or the record itself; several strings are its lines."""
     if isinstance(value, dict):
         if field not in value:
             raise _Flaw(_no_field(field, value))
         value, what = value[field], f"the field {field!r}"
-    else:
-        what = "the line"
+        if isinstance(value, list) and all(isinstance(line, str) for line in value):
+            value = "\n".join(value)
     if not isinstance(value, str):
         raise _Flaw(f"{what} is {_json_kind(value)}, not a string")
     try:
@@ -643,7 +657,7 @@ def _json_text(line: bytes, field: str) -> bytes:
 def _json_kind(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
-    return {dict: "an object", list: "a list"}.get(type(value), "a number")
+    return {dict: "an object", list: "a list", str: "a string"}.get(type(value), "a number")
 
 
 def _not_utf8(line: bytes, byte: int) -> _Flaw:
@@ -657,6 +671,34 @@ def _no_field(field: str, there: Iterable[str]) -> str:
         f"there is no field {field!r} but {', '.join(names) or 'none at all'}; "
         f"data.text_field names one.{hint}"
     )
+
+
+def _read_json(
+    source: Source, cursor: int, on_bad: OnBad | None, position: int | None
+) -> Iterator[Record]:
+    """The items of one list, which memory holds whole."""
+    with _open(source.where) as file:
+        try:
+            items = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{source.where}: not JSON ({error or 'too deep to be read'}); mend it, or give "
+                "--data.format jsonl if each of its lines is a record"
+            ) from None
+    if not isinstance(items, list):
+        raise DataError(
+            f"{source.where}: {_json_kind(items)}, but the records are taken from a list; give "
+            "--data.format jsonl if each of its lines is a record"
+        )
+    for number, item in enumerate(items[cursor:], cursor):
+        try:
+            content = _text_in(item, source.text_field, "the item")
+        except _Flaw as flaw:
+            error = DataError(f"{source.where}: item {number:,}: {flaw}; mend it{SKIP}")
+            _refuse(on_bad, error)
+        else:
+            if content:
+                yield _record(number, number, content)
 
 
 class _CsvLines(_Lines):
