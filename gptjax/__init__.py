@@ -12,7 +12,7 @@ _FILE_OF = {
         "config": "Config ConfigError DataConfig GPT2 GPT3 GPTConfig MeshConfig OptimizerConfig "
         "SampleConfig check from_json load_experiment to_json",
         "tokenizer": "ByteTokenizer StreamDecoder Tokenizer load_tokenizer make_tokenizer",
-        "corpus": "DataError",
+        "sources": "DataError",
         "data": "Batch",
         "sharding": "make_mesh",
         "attention": "Mask attend",

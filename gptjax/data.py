@@ -13,7 +13,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from gptjax.corpus import DataError, Store
+from gptjax.sources import DataError
+from gptjax.store import Store
 
 Item = TypeVar("Item")
 

@@ -61,8 +61,14 @@ class ByteTokenizer:
         text = text.encode() if isinstance(text, str) else text
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
-    def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[np.ndarray]:
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_pieces(self, pieces: Iterable[bytes], begins: bool = True) -> Iterator[np.ndarray]:
         return map(self.encode, pieces)
+
+    def cut(self, text: bytes, after: int) -> int | None:
+        return after if 0 < after < len(text) else None
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that ids stand for.

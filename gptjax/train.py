@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
 from gptjax.config import Config, ConfigError, GPTConfig, check
-from gptjax.corpus import Store, load_corpus
+from gptjax.corpus import load_corpus
 from gptjax.data import Batch, Rows, batch_at, check_rows, prefetch
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.generate import Sampling, generate
@@ -34,6 +34,7 @@ from gptjax.sharding import (
     replicated,
     to_devices,
 )
+from gptjax.store import Store
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
 

@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from gptjax import cli
 from gptjax.checkpoint import CheckpointError, Checkpoints, save_run
 from gptjax.config import Config, ConfigError, DataConfig, GPTConfig
-from gptjax.corpus import DataError
+from gptjax.sources import DataError
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.train import DivergenceError, Interrupted, init_state
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.corpus import DataError, build_store
 from gptjax.data import Batch, Rows, batch_at, check_rows, permute, prefetch
+from gptjax.sources import DataError
+from gptjax.store import build_store
 from gptjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -65,7 +66,7 @@ def test_every_target_once_an_epoch(tmp_path, context_size, shuffle):
     drawn = all_rows(
         rows, range(3 * rows.num_rows)
     )  # so many epochs as a batch has rows, three times
-    tokens = rows.store.tokens.read().result()
+    tokens = rows.store.read(np.array([0]), rows.store.num_tokens, PAD)[0]
     for epoch in range(0, 3 * rows.batch_size):
         part = Batch(*(x[epoch * rows.num_rows : (epoch + 1) * rows.num_rows] for x in drawn))
         real = part.weights_BT == 1
