@@ -269,7 +269,7 @@ class Store:
         try:
             yield
         except ValueError as error:  # TensorStore's, for what is missing, cut short or altered
-            self._open.cache_clear()
+            self._open.cache_clear()  # a failure of a network may pass
             if isinstance(error, DataError):
                 raise
             reason = str(error).partition(" [")[0]
