@@ -189,16 +189,15 @@ def _without_duplicates(surveys: Surveys) -> tuple[Spans, dict[str, int]]:
     )
     spans, num_duplicates, index = {}, {}, 0
     for name, listed in surveys.items():
-        spans[name], begin = [], index
+        spans[name], begin, stays = [], index, True
         for span in (span for one in listed for span in one.spans):
             if span.begins:
                 gone = np.flatnonzero((again | out)[index : index + span.count])
                 index += span.count
-                left = span._replace(dropped=tuple(gone.tolist()))
-            else:
-                left = span
-            if left.begins or spans[name][-1].num_documents or not spans[name][-1].begins:
-                spans[name].append(left)
+                span = span._replace(dropped=tuple(gone.tolist()))
+                stays = span.stop is None or not span.dropped  # with all its parts
+            if stays:
+                spans[name].append(span)
         num_duplicates[name] = int(again[begin:index].sum())
     return spans, num_duplicates
 

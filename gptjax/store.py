@@ -18,6 +18,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -388,6 +389,8 @@ class ShardWriter:
         if closes:
             self._tokens.append(np.array([self._tokenizer.end]))
         arrays = {"tokens": self._tokens, "offsets": self._offsets, "origins": self._origins}
+        with ThreadPoolExecutor(len(arrays)) as pool:  # a disk or a network takes its time
+            digests = dict(zip(arrays, pool.map(_Appender.close, arrays.values()), strict=True))
         info = ShardInfo(
             documents=self._offsets.size,
             tokens=self._tokens.size,
@@ -395,7 +398,7 @@ class ShardWriter:
             blank=self._blank,
             num_not_utf8=self._num_not_utf8,
             not_utf8=self._not_utf8,
-            sha256={name: array.close() for name, array in arrays.items()},
+            sha256=digests,
             made_from=made_from,
         )
         write_json(self._folder, f"{self._name}/shard.json", info._asdict())
@@ -457,25 +460,11 @@ class _Appender:
     """An array that grows at its end, in whole files; what was there before is gone."""
 
     def __init__(self, folder: Folder, shard: str, name: str, dtype: str, width: int | None = None):
-        rest = [] if width is None else [width]
-        little = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-        sharding = {
-            "chunk_shape": [CHUNK_SIZE, *rest],
-            "codecs": little,
-            "index_codecs": little,
-        }
-        metadata = {
-            "shape": [0, *rest],
-            "data_type": dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [FILE_SIZE, *rest]}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        }
         self.size = 0
-        spec = _array_spec(folder, shard, name) | {"metadata": metadata}
-        self._folder = folder
-        with writing(folder):
-            self._array = ts.open(spec, create=True, delete_existing=True).result()
-        self._buffer = np.empty((FILE_SIZE, *rest), np.dtype(dtype).newbyteorder("<"))
+        self._folder, self._spec = folder, _array_spec(folder, shard, name)
+        self._rest = [] if width is None else [width]
+        self._buffer = np.empty((FILE_SIZE, *self._rest), np.dtype(dtype).newbyteorder("<"))
+        self._array: ts.TensorStore | None = None
         self._digest = hashlib.sha256()
 
     def append(self, values: np.ndarray) -> None:
@@ -489,16 +478,34 @@ class _Appender:
 
     def close(self) -> str:
         """Write the rest; the SHA-256 of all numbers, in hex."""
-        self._flush(self.size % FILE_SIZE)
+        if self.size % FILE_SIZE or not self.size:
+            self._flush(self.size % FILE_SIZE)
         return self._digest.hexdigest()
 
     def _flush(self, count: int) -> None:
-        if count:
-            self._digest.update(self._buffer[:count])
-            shape = [self.size, *self._buffer.shape[1:]]
-            with writing(self._folder):
-                self._array = self._array.resize(exclusive_max=shape).result()
-                self._array[self.size - count : self.size].write(self._buffer[:count]).result()
+        self._digest.update(self._buffer[:count])
+        with writing(self._folder):
+            if self._array is None:
+                spec = self._spec | {"metadata": self._metadata()}
+                self._array = ts.open(spec, create=True, delete_existing=True).result()
+            else:
+                self._array = self._array.resize(exclusive_max=[self.size, *self._rest]).result()
+            self._array[self.size - count : self.size].write(self._buffer[:count]).result()
+
+    def _metadata(self) -> dict[str, Any]:
+        little = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        chunks = {
+            "chunk_shape": [CHUNK_SIZE, *self._rest],
+            "codecs": little,
+            "index_codecs": little,
+        }
+        files = {"chunk_shape": [FILE_SIZE, *self._rest]}
+        return {
+            "shape": [self.size, *self._rest],
+            "data_type": self._buffer.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": files},
+            "codecs": [{"name": "sharding_indexed", "configuration": chunks}],
+        }
 
 
 def read_shard_info(folder: Folder, number: int) -> ShardInfo | None:
