@@ -49,7 +49,7 @@ def run_in_pool(
     Raises:
       DataError: if a worker dies; and whatever the function raises, first come.
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(items))
+    workers = min(workers or _num_cores(), len(items))
     if workers <= 1:
         for item in items:
             function(item, progress)
@@ -71,6 +71,13 @@ def run_in_pool(
                     member.begin(item)
                 else:
                     del team[connection]
+
+
+def _num_cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass

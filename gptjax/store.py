@@ -341,7 +341,13 @@ def _array_spec(folder: Folder, *names: str) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """A shard that is being written: `add` texts in order, then `close`."""
+    """A shard that is being written: `add` texts in order, then `close`.
+
+    Args:
+      folder: of the store.
+      number: of the shard.
+      progress: called with the number of bytes that have become tokens.
+    """
 
     def __init__(
         self,
@@ -350,10 +356,6 @@ class ShardWriter:
         tokenizer: Tokenizer,
         progress: Callable[[int], None] = lambda num_bytes: None,
     ):
-        """Args:
-        folder: of the store.
-        progress: called with the number of bytes that have become tokens.
-        """
         self._folder, self._name, self._tokenizer = folder, _shard_name(number), tokenizer
         self._progress = progress
         make = partial(_Appender, folder, self._name)

@@ -390,6 +390,26 @@ def test_a_store_at_a_url_that_is_not_accepted_leaves_no_files(tmp_path, folder)
     assert every_file(tmp_path / "remote") == {}
 
 
+MEASURED = """
+import resource, sys
+from gptjax.config import DataConfig
+from gptjax.corpus import load_corpus
+from gptjax.tokenizer import ByteTokenizer
+config = DataConfig(path=(sys.argv[1],), store_dir=sys.argv[2], workers=1)
+load_corpus(config, ByteTokenizer())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_a_text(tmp_path):
+    peaks = []
+    for size in (8 << 20, 80 << 20):
+        path = write(tmp_path / str(size), b"some words of a text\n" * (size // 21))
+        command = [sys.executable, "-c", MEASURED, str(path), str(tmp_path / "stores")]
+        peaks.append(int(subprocess.run(command, capture_output=True, check=True).stdout))
+    assert peaks[1] < peaks[0] + 60_000, peaks  # KiB; the text alone has 80,000
+
+
 def test_a_function_is_called_once(tmp_path, small):
     """It may not yield the same again, and each shard reads its own part."""
     path = write(
