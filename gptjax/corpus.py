@@ -188,7 +188,10 @@ def _build(
             for name, listed in surveys.items():
                 for one, source in zip(listed, sources[name], strict=True):
                     if change := source.same(one.fingerprint):
-                        raise DataError(f"{change}, before it was read; run again")
+                        raise DataError(
+                            f"the text has changed while it was read ({change}); "
+                            "run again when it is left alone"
+                        )
         except Exception:
             remove(place)
             raise

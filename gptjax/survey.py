@@ -234,7 +234,7 @@ def texts(source: "Source | Spool", span: Span) -> Iterator[Text]:
             size += stop - span.start
     if (seen, size) != (span.count, span.size):
         raise DataError(
-            f"{source.where}: has changed while it was read; begin again when it is left alone"
+            f"{source.where}: has changed while it was read; run again when it is left alone"
         )
 
 

@@ -20,7 +20,9 @@ from gptjax import sources as sources_file
 from gptjax import survey as survey_file
 from gptjax.config import ConfigError, DataConfig
 from gptjax.corpus import load_corpus
-from gptjax.sources import DataError
+from gptjax.sources import DataError, find_sources
+from gptjax.survey import Span
+from gptjax.survey import texts as read_texts
 from gptjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -255,7 +257,7 @@ def test_bad_records_are_counted_and_listed(tmp_path, small):
 
 def test_too_many_bad_records_are_refused(tmp_path):
     lines = [json.dumps({"text": "a"})] * 1000
-    path = write(tmp_path / "a.jsonl", "\n".join(["{", *lines]))
+    path = write(tmp_path / "a.jsonl", "\n".join(["{", *lines[:100]]))
     assert load(tmp_path, path, on_bad_record="skip")[0].manifest.dropped == {"bad record": 1}
     write(path, "\n".join([*lines, "{", "["]))
     with pytest.raises(DataError, match=r"2 of 1,002 records are bad, more than 0.1%.*:1001"):
@@ -267,19 +269,24 @@ def test_too_many_bad_records_are_refused(tmp_path):
 
 
 class PairTokenizer(ByteTokenizer):
-    """Two bytes that are no spaces make a token, from the left, so where a text is cut matters."""
+    """Two bytes that are no spaces make a token, from the left, so where a text is cut matters; and
+    a token of its own stands for the beginning of a text."""
 
     vocab_size, end, pad = 1 << 16, 65_534, 65_535
     fingerprint = "pairs"
+    beginning = 65_533
+
+    def rest(self, text):
+        words = text.replace(b" ", b"\0 ").split(b"\0")
+        pairs = (word[i : i + 2] for word in words for i in range(0, len(word), 2))
+        return [int.from_bytes(pair, "big") for pair in pairs]
 
     def encode(self, text):
-        ids = []
-        for word in text.replace(b" ", b"\0 ").split(b"\0"):
-            ids += [int.from_bytes(word[i : i + 2], "big") for i in range(0, len(word), 2)]
-        return np.array(ids, np.int32)
+        return np.array([self.beginning, *self.rest(text)], np.int32)
 
     def encode_pieces(self, pieces, begins=True):
-        yield self.encode(b"".join(pieces))
+        ids = self.rest(b"".join(pieces))
+        yield np.array([self.beginning, *ids] if begins else ids, np.int32)
 
     def cut(self, text, after):
         place = text.find(b" ", after, len(text) - 1)
@@ -306,7 +313,8 @@ def test_a_long_text_in_shards_is_the_text(tmp_path, small, monkeypatch, piece_b
         assert train.document(1) == (1, len(ids) + 1, len(tokens) - 1, "b.txt", 0)
         return
     held = valid.read(np.array([0]), valid.num_tokens, PAD)[0].tolist()
-    assert tokens[1:-1] + held[1:-1] == ids
+    assert held[1] == tokenizer.beginning
+    assert tokens[1:-1] + held[2:-1] == ids
     assert (train.num_documents, valid.num_documents) == (1, 1)
     assert [*text[valid.document(0).position :]][:1] == [ord(" ")]
 
@@ -531,13 +539,14 @@ def test_a_kill_keeps_the_shards_that_are_finished(tmp_path, small, name):
         assert (store / shard.relative_to(shard.parts[0])).stat().st_mtime_ns == when
 
 
-def test_shards_of_other_text_are_not_kept(tmp_path, small):
+@pytest.mark.parametrize("count", [12, 100])
+def test_shards_of_other_text_are_not_kept(tmp_path, small, count):
     path = write_lines(tmp_path / "a.jsonl", [f"text {i} " * 40 for i in range(100)])
     build = start(tmp_path, path)
     wait_for(lambda: len(finished(tmp_path)) > 8)
     build.kill()
     build.wait()
-    write_lines(path, [f"TEXT {i} " * 20 for i in range(12)])
+    write_lines(path, [f"TEXT {i} " * 40 for i in range(count)])
     build = start(tmp_path, path)
     assert " of " not in build.communicate()[1].replace("shard", "")
     fields = dict(deduplicate=True, holdout=0.0, store_dir=str(tmp_path / "other"))
@@ -550,13 +559,15 @@ def write_deadly(tmp_path):
     """A filter that says which processes call it, and kills them or takes its time when told."""
     return write(
         tmp_path / "mine.py",
-        "import os, pathlib, time\n"
+        "import os, pathlib, signal, time\n"
         "here = pathlib.Path(__file__).parent\n"
         "def keep(text):\n"
         "    (here / 'pids').mkdir(exist_ok=True)\n"
         "    (here / 'pids' / str(os.getpid())).touch()\n"
         "    if (here / 'slow').exists():\n"
         "        time.sleep(100)\n"
+        "    if text == 'stuck':\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
         "    if text == 'deadly':\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return True\n",
@@ -576,7 +587,7 @@ def pids(tmp_path):
 
 def test_a_worker_that_dies_is_named(tmp_path):
     code = write_deadly(tmp_path)
-    for name, text in [("a", "one"), ("b", "deadly"), ("c", "two"), ("d", "three")]:
+    for name, text in [("a", "stuck"), ("b", "deadly"), ("c", "two"), ("d", "three")]:
         write(tmp_path / "text" / name, text)
     began = time.monotonic()
     message = r"worker \d+ was killed by SIGKILL, perhaps for want of memory at .*text/b; run again"
@@ -630,16 +641,28 @@ def test_an_error_in_a_worker_is_the_caller_s(tmp_path, folder):
     assert not (tmp_path / "stores").exists()
 
 
-def test_text_that_changes_while_it_is_read_is_refused(tmp_path, folder):
+@pytest.mark.parametrize("content", ["more than before", "THIS is b.txt\n"])
+def test_text_that_changes_while_it_is_read_is_refused(tmp_path, folder, content):
     code = write(
         tmp_path / "mine.py",
         "def keep(text):\n"
-        f"    open({str(folder / 'b.txt')!r}, 'a').write('more')\n"
+        "    if text == 'this is b.txt\\n':\n"
+        f"        open({str(folder / 'b.txt')!r}, 'w').write({content!r})\n"
         "    return True\n",
     )
-    with pytest.raises(DataError, match=r"b.txt.*(changed|but had)"):
+    with pytest.raises(DataError, match=r"changed while it was read.*run again"):
         load(tmp_path, folder, filter=f"{code}:keep", holdout=0.5)
-    assert not (tmp_path / "stores").exists()
+    assert not list(tmp_path.glob("stores/*"))
+
+
+@pytest.mark.parametrize("change", [{"count": 4}, {"size": 12}])
+def test_records_that_are_not_as_surveyed_are_refused(tmp_path, change):
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two", "three"])
+    [source] = find_sources(DataConfig(path=(str(path),)))
+    span = Span(0, cursor=0, position=1, count=3, size=11)
+    assert [text.position for text in read_texts(source, span)] == [1, 2, 3]
+    with pytest.raises(DataError, match=r"a.jsonl: has changed while it was read"):
+        list(read_texts(source, span._replace(**change)))
 
 
 def test_many_build_at_once(tmp_path, folder):
