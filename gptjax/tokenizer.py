@@ -181,7 +181,7 @@ class _PieceTokenizer:
           content: of the file that is kept.
           where: it comes from, for messages.
           table: what each id stands for.
-          special: their spellings.
+          special: what is spelled as ids that no text may become.
           end, pad: None if there is none yet.
           normalises: what is changed, by what the file says.
           byte_ids: of each byte; needed if nothing is normalised.
@@ -252,7 +252,7 @@ class _PieceTokenizer:
 
         Where LONGEST_UNIT bytes have no place to cut at, they are cut at a character.
         """
-        if last and len(text) - start <= self._unit:
+        if last and len(text) - start <= min(self._unit, LONGEST_UNIT):
             return [text[start:]], len(text)
         stops, place = [start], start
 
@@ -407,7 +407,11 @@ class SentencePieceTokenizer(_PieceTokenizer):
             processor = _processor(content)
             count = processor.get_piece_size()
             pieces = processor.id_to_piece(list(range(count)))
-        except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+            # By the numbers of sentencepiece_model.proto, in SentencePiece's repository.
+            unknown = trainer.get(44, " ⁇ ".encode()).decode()
+            rule = normalizer.get(1, b"").decode()
+            dummy_prefix, one_space, escaped = (normalizer.get(number, 1) for number in (3, 4, 5))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
             raise ConfigError(
                 f"{where}: not a whole SentencePiece model ({error!r}); copy or train it again"
             ) from None
@@ -420,31 +424,27 @@ class SentencePieceTokenizer(_PieceTokenizer):
         byte_ids = {
             int(piece[3:5], 16): i for i, piece in enumerate(pieces) if processor.is_byte(i)
         }
-        unknown = trainer.get(44, " ⁇ ".encode())
         table = [
             b""
             if i in controls
             else bytes([int(piece[3:5], 16)])
             if processor.is_byte(i)
-            else unknown
+            else unknown.encode()
             if processor.is_unknown(i)
             else piece.replace(WORD_START, " ").encode()
             for i, piece in enumerate(pieces)
         ]
-        # By the numbers of sentencepiece_model.proto, in SentencePiece's repository.
-        name, dummy_prefix = normalizer.get(1, b"").decode(errors="replace"), normalizer.get(3, 1)
-        one_space, escaped = normalizer.get(4, 1), normalizer.get(5, 1)
         by_rule = bool(normalizer.get(2))
         complete = len(byte_ids) == 256 and WORD_START in pieces
         normalises = []
         if by_rule:
-            normalises.append(f"characters are changed by the rule {name!r}")
+            normalises.append(f"characters are changed by the rule {rule!r}")
         if one_space:
             normalises.append("spaces at both ends are left out, and several become one")
         if dummy_prefix:
             normalises.append("a space is put before the text")
         if not complete:
-            normalises.append(f"characters outside the vocabulary become {unknown.decode()!r}")
+            normalises.append(f"characters outside the vocabulary become {unknown!r}")
         if not escaped or spec.get(5):
             normalises.append("spaces or characters are changed when ids become text")
         if normalises:
@@ -454,7 +454,7 @@ class SentencePieceTokenizer(_PieceTokenizer):
             WORD_START in piece.lstrip(WORD_START) or " " in piece[1:] for piece in pieces
         )
         lines = not normalises and not any("\n" in piece[:-1] for piece in pieces)
-        known = not by_rule or name in ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
+        known = not by_rule or rule in ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
         spaces = [ASCII_SPACES if normalises else SPACES] if words and known else []
         # Fields that are appended to a model in protobuf take the place of those before.
         bare = _processor(content + b"\x1a\x02\x18\x00") if dummy_prefix else processor
@@ -735,6 +735,7 @@ class BPETokenizer(_PieceTokenizer):
                 "which it would leave out; train it with all bytes in its alphabet"
             )
         special = {one["id"]: one["content"] for one in added if one["special"]}
+        unknown = model.get("unk_token")
         texts = {one["id"]: one["content"].encode() for one in added if not one["special"]}
         bytes_of = {name: byte for byte, name in enumerate(alphabet)}
 
@@ -761,7 +762,7 @@ class BPETokenizer(_PieceTokenizer):
         if not byte_level:
             normalises.append("'▁' becomes a space")
             if not model.get("byte_fallback"):
-                becomes = f"become {model['unk_token']!r}" if model.get("unk_token") else "are lost"
+                becomes = f"become {unknown!r}" if unknown else "are lost"
                 normalises.append(f"characters outside the vocabulary {becomes}")
         if normalises:
             normalises.append("bytes that are not UTF-8 become U+FFFD")
@@ -774,7 +775,7 @@ class BPETokenizer(_PieceTokenizer):
             content,
             where,
             table=[meaning(token, names[token]) for token in range(len(names))],
-            special=special,
+            special={token: name for token, name in special.items() if name != unknown},
             end=_first_named(END_NAMES, special),
             pad=_first_named(PAD_NAMES, special),
             normalises=normalises,
@@ -854,11 +855,11 @@ def _bpe_cuts(
 ) -> list[bytes]:
     """The patterns of places that a text may be cut at, as `_PieceTokenizer` takes them."""
     types = [step["type"] for step in splitters]
-    if any(
-        re.search(r"\s", one["content"][1:]) or one["content"][0] == "\n" or one["rstrip"]
-        for one in added
-        if not one["special"]
-    ):
+    found = [one for one in added if not one["special"]]
+    if any(re.search(r"\n|(?<!^)\s", one["content"]) or one["rstrip"] for one in found):
+        return []
+    # What is put before the text is put before what follows an added token, too.
+    if found and any(map(_is_prefix, [*normalizers, *splitters])):
         return []
     if any(step["type"] not in _KNOWN_NORMALIZERS for step in normalizers):
         return []
@@ -1062,6 +1063,9 @@ def _from_folder(folder: Path) -> Tokenizer:
     )
 
 
+_KEPT = {kind.kind: kind for kind in (SentencePieceTokenizer, BPETokenizer)}  # as a file
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that was saved in a folder.
 
@@ -1073,8 +1077,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give the folder `tokenizer` of a run")
     saved = _read_json(path)
-    if saved.get("kind") in _KEPT:
-        kind = _KEPT[saved["kind"]]
+    if kind := _KEPT.get(str(saved.get("kind"))):
         path = folder / kind.file_name
         content = _read(path)
         now = hashlib.sha256(content).hexdigest()
@@ -1092,9 +1095,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "use the version that saved it"
         )
     return tokenizer
-
-
-_KEPT = {kind.kind: kind for kind in (SentencePieceTokenizer, BPETokenizer)}  # with a file
 
 
 def _save(folder: Path, tokenizer: Tokenizer, files: dict[str, bytes]) -> None:

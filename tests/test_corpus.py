@@ -23,7 +23,7 @@ from gptjax.corpus import load_corpus
 from gptjax.sources import DataError, find_sources
 from gptjax.survey import Span
 from gptjax.survey import texts as read_texts
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.tokenizer import ByteTokenizer, make_tokenizer
 
 TOKENIZER = ByteTokenizer()
 PAD = TOKENIZER.pad
@@ -319,6 +319,26 @@ def test_a_long_text_in_shards_is_the_text(tmp_path, small, monkeypatch, piece_b
     assert [*text[valid.document(0).position :]][:1] == [ord(" ")]
 
 
+def test_byte_pairs_in_shards_are_those_of_the_text(
+    tmp_path, tinyshakespeare, shared_data, monkeypatch
+):
+    monkeypatch.setattr(survey_file, "SPAN_BYTES", 30_000)
+    monkeypatch.setattr(layout_file, "LEAST_BYTES", 30_000)
+    config = DataConfig(
+        path=(str(tinyshakespeare),),
+        tokenizer=str(shared_data / "gpt2-bpe"),
+        store_dir=str(tmp_path / "stores"),
+        workers=1,
+    )
+    tokenizer = make_tokenizer(config)
+    train, valid = load_corpus(config, tokenizer)
+    assert len(train.manifest.shard_tokens) > 20
+    parts = [store.read(np.array([0]), store.num_tokens, 0)[0][1:-1] for store in (train, valid)]
+    text = tinyshakespeare.read_bytes()
+    np.testing.assert_array_equal(np.concatenate(parts), tokenizer.encode(text))
+    assert tokenizer.decode_bytes(parts[1]) == text[valid.document(0).position :]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.29])
 def test_documents_in_shards_are_the_documents(tmp_path, small, share):
     rng = np.random.default_rng(0)
@@ -369,6 +389,13 @@ def test_beam_does_not_change_a_byte(tmp_path):
         config = DataConfig(path=(str(path),), store_dir=str(tmp_path / where), workers=1)
         load_corpus(config, TOKENIZER, beam=beam)
     assert every_file(tmp_path / "pool") == every_file(tmp_path / "beam")
+
+
+def test_beam_that_is_not_installed(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    config = DataConfig(path=(str(folder),), store_dir=str(tmp_path / "stores"))
+    with pytest.raises(ConfigError, match=r"pip install 'gptjax\[beam\]'"):
+        load_corpus(config, TOKENIZER, beam=[])
 
 
 def test_beam_cannot_reach_a_function(tmp_path):
