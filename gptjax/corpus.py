@@ -8,13 +8,14 @@ a store are the same for any number of workers, on any machines, after any kill.
 import hashlib
 import json
 import logging
+import pickle
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -291,7 +292,7 @@ def _survey(
             survey_group,
             sources=sources,
             config=config,
-            tokenizer=tokenizer,
+            packed_tokenizer=pickle.dumps(tokenizer),
             folder=folder,
             spool=spool,
         ),
@@ -312,12 +313,14 @@ def survey_group(
     *,
     sources: Sources,
     config: DataConfig,
-    tokenizer: Tokenizer,
+    packed_tokenizer: bytes,
     folder: Folder,
     spool: Path,
 ) -> None:
     """Write what there is in some sources."""
     listed = sources[group.listing][group.first : group.past]
+    # To load a tokenizer takes a while, and few sources need it.
+    tokenizer = cache(partial(pickle.loads, packed_tokenizer))
     surveys = [
         survey_source(source, number, config, tokenizer, path, progress)
         for number, (source, path) in enumerate(

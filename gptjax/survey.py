@@ -66,7 +66,7 @@ def survey_source(
     source: Source,
     number: int,
     config: DataConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Callable[[], Tokenizer],
     spool: Path,
     progress: Progress,
 ) -> Survey:
@@ -74,6 +74,7 @@ def survey_source(
 
     Args:
       number: of the source, for its spans.
+      tokenizer: gives the tokenizer, which says where a long text can be cut.
       spool: where to write what a function yields.
       progress: told of the bytes of text.
     Raises:
@@ -112,7 +113,7 @@ def survey_source(
         size += record.size
         if large and stays:
             close_span()
-            hashes += [""] * (len(parts := _parts(record, tokenizer)) - 1)
+            hashes += [""] * (len(parts := _parts(record, tokenizer())) - 1)
             spans[-1:] = [
                 spans[-1]._replace(start=start, stop=stop, size=stop - start, begins=start == 0)
                 for start, stop in parts
