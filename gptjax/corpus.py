@@ -36,7 +36,7 @@ from gptjax.store import (
     remove_shards,
     write_manifest,
 )
-from gptjax.survey import Spool, Survey, survey_source, texts
+from gptjax.survey import Spool, Survey, is_spooled, survey_source, texts
 from gptjax.tokenizer import Tokenizer
 
 NUM_GROUPS = 256  # of sources that are surveyed in one go, at most
@@ -283,7 +283,8 @@ def _survey(
             return False
         found = map(Survey.from_json, before["surveys"])
         return all(
-            source.same(one.fingerprint) is None and (source.kind != "function" or path.exists())
+            source.same(one.fingerprint) is None
+            and (source.kind != "function" or is_spooled(path, one.spooled))
             for source, one, path in zip(listed, found, group.spools(spool), strict=True)
         )
 

@@ -72,6 +72,12 @@ def remove(folder: Folder) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_file(folder: Folder, name: str) -> None:
+    """Delete a file, if it is there."""
+    with writing(folder):
+        ts.KvStore.open(spec_of(folder)).result().write(name, None).result()
+
+
 def remove_files(folder: Folder, first: str, past: str) -> None:
     """Delete the files of a folder whose names lie between two in the order of their letters."""
     places = ts.KvStore.KeyRange(first, past)

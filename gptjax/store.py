@@ -33,6 +33,7 @@ from gptjax.files import (
     join,
     read_file,
     remove,
+    remove_file,
     remove_files,
     spec_of,
     write_json,
@@ -358,6 +359,7 @@ class ShardWriter:
     ):
         self._folder, self._name, self._tokenizer = folder, _shard_name(number), tokenizer
         self._progress = progress
+        remove_file(folder, f"{self._name}/shard.json")  # it would speak of what is now replaced
         make = partial(_Appender, folder, self._name)
         self._tokens = make("tokens", dtype_of(tokenizer))
         self._offsets, self._origins = make("offsets", "int64"), make("origins", "int64", 2)

@@ -285,6 +285,14 @@ def fill_spool(path: Path, source: Source, on_bad: OnBad | None) -> tuple[Spool,
     return Spool(source, str(path)), digest.hexdigest()
 
 
+def is_spooled(path: Path, digest: str) -> bool:
+    """Whether a file holds what a function has yielded, by its SHA-256."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
 def _read_pieces(
     path: str, begin: int, size: int, start: int = 0, stop: int | None = None
 ) -> Iterator[bytes]:

@@ -21,6 +21,7 @@ from gptjax import survey as survey_file
 from gptjax.config import ConfigError, DataConfig
 from gptjax.corpus import load_corpus
 from gptjax.sources import DataError, find_sources
+from gptjax.store import open_store
 from gptjax.survey import Span
 from gptjax.survey import texts as read_texts
 from gptjax.tokenizer import ByteTokenizer, make_tokenizer
@@ -580,6 +581,35 @@ def test_shards_of_other_text_are_not_kept(tmp_path, small, count):
     expected = load(tmp_path, path, **fields)[0]
     [store] = (tmp_path / "stores").iterdir()
     assert every_file(store) == every_file(Path(expected.folder).parent)
+
+
+@pytest.mark.parametrize("lost", ["", "part", "all"])
+def test_what_a_function_yielded_is_kept_with_the_shards(tmp_path, small, lost):
+    """It is called again only if that is lost, and then the shards are of what it yields now."""
+    path = write(
+        tmp_path / "mine.py",
+        "import pathlib, random\n"
+        "def texts():\n"
+        "    with open(pathlib.Path(__file__).parent / 'calls', 'a') as file:\n"
+        "        file.write('x')\n"
+        "    for i in range(100):\n"
+        "        yield f'{random.randrange(10**9, 10**10)} ' * 40\n",
+    )
+    build = start(tmp_path, f"{path}:texts")
+    wait_for(lambda: len(finished(tmp_path)) > 3)
+    build.kill()
+    build.wait()
+    [spool] = tmp_path.glob("stores/.*/store/spool/train-0")
+    if lost == "part":
+        os.truncate(spool, 1000)
+    elif lost:
+        spool.unlink()
+    build = start(tmp_path, f"{path}:texts")
+    assert (" of " in build.communicate()[1]) == (not lost)
+    assert (tmp_path / "calls").read_text() == ("xx" if lost else "x")
+    [folder] = (tmp_path / "stores").iterdir()
+    store = open_store(folder / "train", TOKENIZER)
+    assert [len(text) for text in texts(store)] == [11 * 40] * 100
 
 
 def write_deadly(tmp_path):

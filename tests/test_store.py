@@ -16,6 +16,7 @@ from gptjax.store import (
     Text,
     build_store,
     open_store,
+    read_shard_info,
     write_manifest,
 )
 from gptjax.tokenizer import ByteTokenizer
@@ -170,6 +171,15 @@ def test_documents_that_are_none(tmp_path, documents, message):
     with pytest.raises(DataError, match=message):
         build_store(documents, TOKENIZER, tmp_path / "store")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_shard_that_is_written_again_is_not_finished_before(tmp_path):
+    ShardWriter(tmp_path, 0, TOKENIZER).close("before")
+    assert read_shard_info(tmp_path, 0).made_from == "before"
+    writer = ShardWriter(tmp_path, 0, TOKENIZER)
+    assert read_shard_info(tmp_path, 0) is None
+    writer.close("after")
+    assert read_shard_info(tmp_path, 0).made_from == "after"
 
 
 def test_a_store_is_never_written_over(tmp_path):
