@@ -13,7 +13,7 @@ _FILE_OF = {
         "OptimizerConfig SampleConfig check from_json load_experiment to_json",
         "tokenizer": "BPETokenizer ByteTokenizer SentencePieceTokenizer StreamDecoder Tokenizer "
         "load_tokenizer make_tokenizer train_sentencepiece",
-        "corpus": "DataError",
+        "sources": "DataError",
         "data": "Batch",
         "sharding": "make_mesh",
         "attention": "Mask attend",

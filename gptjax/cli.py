@@ -1,4 +1,4 @@
-"""The command line: `gptjax train | generate | predict | inspect | data | tokenizer`.
+"""The command line: `gptjax prepare | train | generate | predict | inspect | data | tokenizer`.
 
 The only file that reads arguments. JAX is imported by a verb, after its arguments have passed the
 checks, so `--help` and refusals are quick.
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from gptjax.config import GPTConfig
     from gptjax.data import Exclusion, Passage, Rows
     from gptjax.model import Params
+    from gptjax.store import Store
     from gptjax.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -87,6 +88,16 @@ class Train:
     coordinator: str | None = None
     num_processes: Count | None = None  # of the run; with --coordinator
     process_id: Whole | None = None  # of this process, from 0; with --coordinator
+    debug: bool = False  # show the traceback of an error
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn the text of FILE.py or FILE.py:function into token stores, as `train` does at first."""
+
+    # do the work in an Apache Beam pipeline; all that follows is for the pipeline
+    beam: tuple[str, ...] | None = None
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -215,8 +226,13 @@ def run_verb(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{verb!r} is not a verb: give one of {', '.join(VERBS)}.{near}")
     run, options = VERBS[verb]
     target = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    default = Train(config=load_experiment(target)) if run is train and target else options()
-    placeholder = PLACEHOLDERS.get(verb, "RUN")
+    default, placeholder = options(), PLACEHOLDERS.get(verb, "RUN")
+    if target and hasattr(default, "config"):
+        default = dataclasses.replace(default, config=load_experiment(target))
+    if options is Prepare and "--beam" in rest:
+        place = rest.index("--beam")
+        default = dataclasses.replace(default, beam=tuple(rest[place + 1 :]))
+        del rest[place:]
     given, problems = parse(default, f"gptjax {verb} {target or placeholder}", rest)
     if target is None:
         raise ConfigError(
@@ -245,11 +261,11 @@ def parse(default: T, prog: str, arguments: Sequence[str]) -> tuple[T, list[str]
     known = list(_options(type(default)))
     unknown = [token for token in unknown if token.startswith("-")] or unknown
     problems = [_unknown(token, known) for token in unknown]
-    if not isinstance(given, Train):
+    if not hasattr(given, "config"):
         return given, [*problems, *field_problems(given).values()]
     wrong = field_problems(dataclasses.replace(given, config=Config()))
     problems += wrong.values()
-    if not wrong:
+    if not wrong and isinstance(given, Train):
         problems += _launch_problems(given)
     return given, problems + violations(given.config)
 
@@ -423,6 +439,69 @@ def _join_processes(given: Train) -> None:
                 f"the cluster does not say all that is needed ({error}): give --coordinator, "
                 "--num-processes and --process-id"
             ) from error
+
+
+class Interrupted(RuntimeError):
+    """What was asked to stop has kept what is finished."""
+
+
+def prepare(experiment: str, given: Prepare) -> None:
+    """Build the stores that an experiment needs and that are not there; say what they hold."""
+    from gptjax.corpus import is_built, load_corpus, store_folder
+    from gptjax.data import check_rows
+    from gptjax.tokenizer import make_tokenizer
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def accept(split: str, num_tokens: int) -> None:
+        if not given.config.data.mixture:
+            size = given.config.model.context_size
+            check_rows(num_tokens, size, given.config.batch_size, split)
+
+    signal.signal(signal.SIGTERM, stop)
+    tokenizer = make_tokenizer(given.config.data)
+    for data in _members(given.config.data):
+        names = ["train", "valid"] if data.valid_path or data.holdout else ["train"]
+        known = bool(data.path) and is_built(store_folder(data, tokenizer), names)
+        began = time.perf_counter()
+        try:
+            stores = load_corpus(data, tokenizer, accept=accept, progress=True, beam=given.beam)
+        except KeyboardInterrupt:
+            raise Interrupted("the same command goes on with what is finished") from None
+        seconds = time.perf_counter() - began
+        for store in filter(None, stores):
+            print(_store_table(store))
+        size = sum(store.manifest.num_bytes for store in filter(None, stores))
+        rate = f"{seconds:,.1f} s, {size / seconds / 1e6:,.1f} MB/s"
+        print(f"time       {'built before' if known else rate}\n")
+    same = given.config == load_experiment(experiment)
+    print(f"next       gptjax train {experiment}{'' if same else ' and the same options'}")
+
+
+def _members(data: "DataConfig") -> list["DataConfig"]:
+    """The data of each store of a mixture; the data itself if it is none."""
+    members = [
+        {name: getattr(one, name) for name in ("path", "exclude", "valid_path", "holdout")}
+        for one in data.mixture
+    ]
+    return [dataclasses.replace(data, mixture=(), **fields) for fields in members or [{}]]
+
+
+def _store_table(store: "Store") -> str:
+    """What a store holds, in a few lines."""
+    manifest = store.manifest
+    of_text = store.num_tokens - store.num_documents - 1
+    per_token = f"{manifest.num_bytes / of_text:.3f} per token"
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in manifest.dropped.items())
+    lines = {
+        "store": store.folder,
+        "documents": f"{store.num_documents:,}",
+        "tokens": f"{store.num_tokens:,}",
+        "bytes": f"{manifest.num_bytes:,}, {per_token}",
+        "left out": left_out or "nothing",
+    }
+    return "\n".join(f"{name:10} {value}" for name, value in lines.items())
 
 
 def generate(run_dir: str, given: Generate) -> None:
@@ -604,7 +683,7 @@ def _outside_problems(given: Data, config: Config) -> Iterator[str]:
 
 def _compare_hash(step: int, found: int, logged: float | None) -> None:
     """Print the hash of a batch, and refuse one that is not what the run saw."""
-    from gptjax.corpus import DataError
+    from gptjax.sources import DataError
 
     if logged is not None and found != logged:
         raise DataError(
@@ -817,6 +896,7 @@ def _load(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "Token
 
 
 VERBS = {
+    "prepare": (prepare, Prepare),
     "train": (train, Train),
     "generate": (generate, Generate),
     "predict": (predict, Predict),
@@ -828,6 +908,7 @@ VERBS = {
 }
 # What a verb's first argument is called, unless that is RUN.
 PLACEHOLDERS = {
+    "prepare": "FILE",
     "train": "FILE",
     "tokenizer train": "TEXT",
     "tokenizer inspect": "TOKENIZER",

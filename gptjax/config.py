@@ -401,7 +401,7 @@ def field_problems(value: Any, annotation: Any = None, path: str = "") -> dict[s
             path: f"{path or 'config'} = {reprlib.repr(value)}: must be {kind}{near and '.' + near}"
         }
     problems = {}
-    for i, item in enumerate(value if kind.many else ()):
+    for i, item in enumerate((value or ()) if kind.many else ()):
         problems |= field_problems(item, kind.items[0], f"{path}[{i}]")
     if dataclasses.is_dataclass(kind.base):
         for name, inner in get_type_hints(kind.base, include_extras=True).items():

@@ -22,7 +22,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from gptjax.config import BLOCK_ROWS, field_problems, weight_at
-from gptjax.corpus import DataError, DocumentInfo, Store
+from gptjax.sources import DataError
+from gptjax.store import DocumentInfo, Store
 
 Item = TypeVar("Item")
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
 from gptjax.config import Config, ConfigError, GPTConfig, check
-from gptjax.corpus import DataError, Store, load_corpus
+from gptjax.corpus import load_corpus
 from gptjax.data import (
     Batch,
     Exclusion,
@@ -50,6 +50,8 @@ from gptjax.sharding import (
     replicated,
     to_devices,
 )
+from gptjax.sources import DataError
+from gptjax.store import Store
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
 

@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from conftest import REPOSITORY
 from gptjax import cli
 from gptjax.checkpoint import CheckpointError, Checkpoints, save_run
 from gptjax.config import Config, ConfigError, DataConfig, GPTConfig
-from gptjax.corpus import DataError
+from gptjax.sources import DataError
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.train import DivergenceError, Interrupted, init_state
 
@@ -121,16 +123,14 @@ def test_bad_experiments(folder, monkeypatch, capsys, selector, source, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["trian"],
-            "'trian' is not a verb: give one of train, generate, predict, inspect, data, tokenizer",
-        ),
+        (["trian"], "'trian' is not a verb: give one of prepare, train, generate, pred"),
         (["train"], "FILE is missing: give it first, as in `gptjax train FILE`"),
         (["train", "--steps", "3"], "FILE is missing"),
         (["inspect"], "RUN is missing"),
         (["inspect", "run", "--stp", "3"], "--stp: there is no such option. Did you mean '--step'"),
         (["generate", "run", "--top-p", "1.5"], "top_p = 1.5: must be a number from 1e-30 to 1"),
         (["generate", "run", "--max-token", "3"], "--max-token: there is no such option. Did you"),
+        (["prepare"], "FILE is missing: give it first, as in `gptjax prepare FILE`"),
         (["predict", "run", "text", "more"], "'more': one argument too many"),
         (["tokenizer", "trian"], "'tokenizer trian' is not a verb: give one of"),
         (["tokenizer", "train"], "TEXT is missing: give it first, as in `gptjax tokenizer train"),
@@ -322,3 +322,102 @@ def test_train_then_use(tmp_path):
     assert empty.returncode == 3
     assert "nothing.txt" in empty.stderr.splitlines()[-1]
     assert not (tmp_path / "empty").exists()
+
+
+# --- prepare -----------------------------------------------------------------------------------
+
+MIXED = """
+from gptjax import Config, DataConfig, GPTConfig
+from gptjax.config import MixtureConfig
+
+def config():
+    data = DataConfig(path=("text.txt",), on_bad_record="skip", store_dir="stores")
+    return Config(model=GPTConfig(context_size=8), batch_size=2, data=data)
+
+def mixed():
+    first = MixtureConfig(name="a", path=("text.txt",))
+    second = MixtureConfig(name="b", path=("lines.jsonl",), holdout=0.0)
+    data = DataConfig(mixture=(first, second), deduplicate=True, store_dir="stores")
+    return Config(model=GPTConfig(context_size=8), batch_size=2, data=data)
+"""
+
+
+def prepare_without_jax(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "prepare", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == "False", done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    (tmp_path / "experiment.py").write_text(MIXED)
+    (tmp_path / "text.txt").write_text("0123456789" * 100)
+    (tmp_path / "lines.jsonl").write_text('{"text": "a line of text"}\n{"text": "more"}\n' * 3)
+    return tmp_path
+
+
+def test_prepare_builds_once_and_says_what(mixed):
+    code, out, _ = prepare_without_jax(mixed, "experiment.py")
+    assert code == 0
+    lines = out.splitlines()
+    assert "documents  1" in lines and "tokens     902" in lines
+    assert "bytes      900, 1.000 per token" in lines and "left out   nothing" in lines
+    assert lines[-1] == "next       gptjax train experiment.py"
+    assert " MB/s" in out
+    [folder] = (mixed / "stores").iterdir()
+    built = (folder / "train" / "manifest.json").stat().st_mtime_ns
+    code, again, _ = prepare_without_jax(mixed, "experiment.py", "--data.workers", "1")
+    assert code == 0
+    assert "time       built before" in again and again.endswith("py and the same options\n")
+    assert (folder / "train" / "manifest.json").stat().st_mtime_ns == built
+
+
+def test_prepare_builds_every_store_of_a_mixture(mixed):
+    program = (
+        "from gptjax import cli, load_experiment; name = 'experiment.py:mixed'; "
+        "cli.prepare(name, cli.Prepare(config=load_experiment(name)))"
+    )
+    command = [sys.executable, "-c", program]
+    out = subprocess.run(command, cwd=mixed, capture_output=True, text=True, check=True).stdout
+    assert out.count("store ") == 3
+    assert "left out   duplicate 4" in out
+
+
+def test_prepare_refuses_what_cannot_be_trained_on(mixed):
+    code, _, err = prepare_without_jax(mixed, "experiment.py", "--model.context-size", "500")
+    assert code == 3
+    assert "valid split: 102 tokens" in err
+    assert not (mixed / "stores").exists()
+
+
+def test_what_follows_beam_is_for_the_pipeline(mixed, monkeypatch):
+    seen = []
+    monkeypatch.chdir(mixed)
+    monkeypatch.setitem(cli.VERBS, "prepare", (lambda *both: seen.append(both), cli.Prepare))
+    cli.run_verb(
+        ["prepare", "experiment.py", "--steps", "3", "--beam", "--runner=X", "--steps", "4"]
+    )
+    [(experiment, given)] = seen
+    assert (experiment, given.config.steps) == ("experiment.py", 3)
+    assert given.beam == ("--runner=X", "--steps", "4")
+
+
+def test_a_signal_stops_prepare_and_the_next_goes_on(mixed):
+    slow = "import time\ndef keep(text):\n    open('called', 'w')\n    time.sleep(100)\n"
+    (mixed / "mine.py").write_text(slow)
+    command = [sys.executable, "-c", PROGRAM, "prepare", "experiment.py"]
+    for name in (signal.SIGTERM, signal.SIGINT):
+        given = [*command, "--data.filter", "mine.py:keep"]
+        running = subprocess.Popen(given, cwd=mixed, stderr=subprocess.PIPE, text=True)
+        while not (mixed / "called").exists():
+            time.sleep(0.01)
+        (mixed / "called").unlink()
+        running.send_signal(name)
+        words = running.communicate(timeout=5)[1]
+        assert "gptjax: stopped[75]: the same command goes on" in words
+        assert running.returncode == 75

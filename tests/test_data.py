@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import BLOCK_ROWS
-from gptjax.corpus import DataError, build_store
 from gptjax.data import (
     Batch,
     Excluded,
@@ -24,6 +23,8 @@ from gptjax.data import (
     prefetch,
     windows_at,
 )
+from gptjax.sources import DataError
+from gptjax.store import build_store
 from gptjax.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

@@ -22,7 +22,6 @@ from gptjax.config import (
     OptimizerConfig,
     SampleConfig,
 )
-from gptjax.corpus import DataError, build_store
 from gptjax.data import (
     Exclusion,
     Member,
@@ -36,6 +35,8 @@ from gptjax.data import (
 from gptjax.evaluate import document_losses
 from gptjax.metrics import read_metrics
 from gptjax.model import token_losses
+from gptjax.sources import DataError
+from gptjax.store import build_store
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.train import batch_hash, fit, load_rows
 

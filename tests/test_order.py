@@ -15,6 +15,12 @@ PACKAGE = Path(gptjax.__file__).parent
 ORDER = (
     "config",
     "tokenizer",
+    "sources",
+    "files",
+    "store",
+    "pool",
+    "survey",
+    "layout",
     "corpus",
     "data",
     "sharding",

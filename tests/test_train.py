@@ -18,10 +18,10 @@ from small import PLAIN
 
 from gptjax.checkpoint import CheckpointError, Checkpoints, read_run
 from gptjax.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
-from gptjax.corpus import DataError
 from gptjax.metrics import read_metrics
 from gptjax.model import abstract_params
 from gptjax.sharding import make_mesh
+from gptjax.sources import DataError
 from gptjax.train import DivergenceError, fit
 
 EXPERIMENT = """
