@@ -278,7 +278,7 @@ class _PieceTokenizer:
         if self.normalises:
             units = [unit.decode(errors="replace").encode() for unit in units]
             return _by_two(units, begins, self._first, self._rest)
-        if self._is_plain(b"".join(units)):
+        if self._is_plain(b"\n".join(units)):  # halves of a character must not meet
             return self._rest(units)
         return _by_two(units, [*map(self._is_plain, units)], self._rest, self._ids_apart)
 

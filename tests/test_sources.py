@@ -131,6 +131,12 @@ KINDS = {
     "text": lambda folder, texts: write(folder / "a.txt", texts[0]),
     "text gz": lambda folder, texts: write(folder / "a.gz", gzip.compress(texts[0].encode())),
     "jsonl": lambda folder, texts: write(folder / "a.jsonl", jsonl(texts)),
+    "json": lambda folder, texts: write(
+        folder / "a.json", json.dumps([{"id": 1, "text": text} for text in texts])
+    ),
+    "json gz": lambda folder, texts: write(
+        folder / "a.json.gz", gzip.compress(json.dumps([*texts]).encode())
+    ),
     "jsonl gz": lambda folder, texts: write(folder / "a.jsonl.gz", gzip.compress(jsonl(texts))),
     "jsonl bz2": lambda folder, texts: write(folder / "a.jsonl.bz2", bz2.compress(jsonl(texts))),
     "jsonl zst": lambda folder, texts: write(folder / "a.jsonl.zst", zstd(jsonl(texts))),
@@ -303,7 +309,7 @@ def test_the_kind_goes_by_the_ending_or_by_choice(tmp_path):
         "a.JSONL.GZ": ("jsonl", False),
         "a.bz2": ("text", False),
         "a.csv": ("csv", True),
-        "a.json": ("text", True),
+        "a.json": ("json", False),
         "a.parquet": ("parquet", True),
         "a.tsv.zst": ("tsv", False),
         "noending": ("text", True),
@@ -442,7 +448,7 @@ GOOD = '{"text": "good"}'
         ),
         ('{"texts": "a"}', 17, "no field 'text' but 'texts'.*Did you mean 'texts'"),
         ('{"text": null}', 17, "the field 'text' is null, not a string"),
-        ('{"text": ["a"]}', 17, "the field 'text' is a list, not a string"),
+        ('{"text": ["a", 1]}', 17, "the field 'text' is a list, not a string"),
         ('{"text": 3.5}', 17, "the field 'text' is a number, not a string"),
         ("true", 17, "the line is true, not a string"),
         ('{"text": "ab\\ud800"}', 17, "the field 'text' is no text at character 2, which is half"),
@@ -539,6 +545,26 @@ def test_a_packed_file_that_is_cut_short(tmp_path, ending, pack, least, kind):
         start = 0 if kind == "csv" else 1
         got = [text.decode() for text in whole][start:]
         assert least <= len(got) < 40 and got == lines[: len(got)]
+
+
+def test_lines_of_a_record_are_joined(tmp_path):
+    path = write(tmp_path / "a.json", '[{"text": ["one", "two"]}, {"text": []}, "three"]')
+    assert [text.decode() for text in read(*find(path))] == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"}, {"txt": "b"}]', "item 1: there is no field 'text' but 'txt'"),
+        ('["a", 3]', "item 1: the item is a number, not a string; mend it, or leave such"),
+        ('{"text": "a"}', "an object, but the records are taken from a list; give --data.format"),
+        ('{"text": "a"}\n{"text": "b"}', "not JSON .Extra data: line 2.*--data.format jsonl"),
+        ("[" * 100_000, "not JSON .*; mend it"),
+    ],
+)
+def test_bad_lists(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        read(*find(write(tmp_path / "a.json", content)))
 
 
 def test_files_that_are_no_such_files(tmp_path):
