@@ -669,7 +669,7 @@ def _no_field(field: str, there: Iterable[str]) -> str:
     hint = did_you_mean(field, there)
     return (
         f"there is no field {field!r} but {', '.join(names) or 'none at all'}; "
-        f"data.text_field names one.{hint}"
+        f"give one with --data.text-field.{hint}"
     )
 
 
@@ -865,7 +865,7 @@ def _hf_source(folder: Path, name: str, label: str, config: DataConfig) -> Sourc
         if split not in splits:
             raise DataError(
                 f"{label}: {folder}: there is no split {split!r} but "
-                f"{', '.join(map(repr, splits))}; data.tfds_split names one, and so does "
+                f"{', '.join(map(repr, splits))}; give one with --data.tfds-split, or as "
                 f"{folder}/SPLIT.{did_you_mean(split, splits)}"
             )
         folder, name = folder / split, f"{name}/{split}"
@@ -923,7 +923,7 @@ def _tfds_source(given: str, label: str, config: DataConfig) -> Source:
     if "array_record" not in formats:
         raise DataError(
             f"{label}: {given}: prepared as {', '.join(formats)}, which cannot be read without "
-            "TensorFlow; prepare it anew in another data.tfds_dir with --data.tfds-prepare"
+            "TensorFlow; prepare it anew with --data.tfds-dir FOLDER --data.tfds-prepare"
         )
     try:
         builder.info.splits[split]
@@ -931,7 +931,7 @@ def _tfds_source(given: str, label: str, config: DataConfig) -> Source:
         splits = list(builder.info.splits)
         raise DataError(
             f"{label}: {given}: there is no split {split!r} but {', '.join(map(repr, splits))}; "
-            f"data.tfds_split names one, and so does tfds:NAME@SPLIT.{did_you_mean(split, splits)}"
+            f"give one with --data.tfds-split, or as tfds:NAME@SPLIT.{did_you_mean(split, splits)}"
         ) from None
     version = "" if ":" in name else f":{builder.version}"
     where = f"tfds:{name}{version}@{split}"

@@ -231,18 +231,20 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       the state after the last step.
     Raises:
       ConfigError, DataError: before anything is compiled or written.
-      CheckpointError: if the run directory is of another model, data or seed.
+      CheckpointError: if the run directory is of another tokenizer, model, data or seed.
       DivergenceError: after `config.max_nonfinite` skipped updates in a row.
       Interrupted: after SIGTERM or SIGINT, once the step is saved.
     """
     tokenizer = make_tokenizer(config.data)
+    before = _begun(run_dir, tokenizer)
     config = replace(config, model=_with_vocabulary(config.model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
+    if before:
+        _refuse_another_run(before, config, run_dir)
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
     train_rows, valid_splits = load_rows(config, tokenizer)
     check_epochs(train_rows, config.steps)
-    _refuse_another_run(config, run_dir)
     first = jax.process_index() == 0
     with Checkpoints(
         run_dir, keep_last=config.keep_last, keep_every=config.keep_every
@@ -383,18 +385,43 @@ def _left_out(exclusions: tuple[Exclusion, ...]) -> str:
     return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
 
 
-# Fields of how, where and how long to compute, not of what.
+def _begun(run_dir: Path, tokenizer: Tokenizer) -> Config | None:
+    """The config of the run that a folder holds; None if none was begun there.
+
+    Raises:
+      CheckpointError: if its tokenizer is another.
+    """
+    if not (run_dir / "config.json").exists():
+        return None
+    before, kept = read_run(run_dir)
+    if (kept.kind, kept.fingerprint) != (tokenizer.kind, tokenizer.fingerprint):
+        raise CheckpointError(
+            f"{run_dir} holds a run whose tokenizer is of kind {kept.kind!r} with fingerprint "
+            f"{kept.fingerprint}, but data.tokenizer is now of kind {tokenizer.kind!r} with "
+            f"{tokenizer.fingerprint}. Give --data.tokenizer {run_dir / 'tokenizer'}, which the "
+            "run kept, to go on with it, or another --run-dir to begin a new one"
+        )
+    return before
+
+
+# Fields of how, where and how long to compute, not of what. Where the tokenizer lies is one.
 CHOICES = {
     "model": {"attention", "remat", "loss_piece", "compute_dtype"},
-    "data": {"store_dir", "workers", "prefetch", "tfds_dir", "tfds_prepare", "max_epochs", "skip"},
+    "data": {
+        "tokenizer",
+        "store_dir",
+        "workers",
+        "prefetch",
+        "tfds_dir",
+        "tfds_prepare",
+        "max_epochs",
+        "skip",
+    },
 }
 
 
-def _refuse_another_run(config: Config, run_dir: Path) -> None:
+def _refuse_another_run(before: Config, config: Config, run_dir: Path) -> None:
     """Refuse to go on with a run whose numbers another config began."""
-    if not (run_dir / "config.json").exists():
-        return
-    before, _ = read_run(run_dir)
     pairs = [
         ("seed", before.seed, config.seed),
         ("batch_size", before.batch_size, config.batch_size),

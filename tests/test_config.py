@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import cli
+from gptjax.cli.arguments import _options
 from gptjax.config import (
     GPT2,
     GPT3,
@@ -46,7 +47,7 @@ RUNS = Config(data=DataConfig(path=("text.txt",)))  # a config without violation
 ENGLISH = MixtureConfig(name="english", path=("english.txt",))
 CHINESE = MixtureConfig(name="chinese", path=("chinese.txt",), weight=0.5, weights=((100, 2.0),))
 MIXED = DataConfig(mixture=(ENGLISH, CHINESE), skip=((3, 5), (6, 6)))
-OPTIONS = list(cli._options(cli.Train))
+OPTIONS = list(_options(cli.Train))
 
 
 def experiment(name: str) -> Config:

@@ -1,8 +1,9 @@
-"""A file imports only from files above it, importing does nothing, and one file reads the world."""
+"""A file imports only from files above it, importing does nothing, and `cli` reads the world."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import gptjax
 
 PACKAGE = Path(gptjax.__file__).parent
 
-# The reading order.
+# The reading order; a folder is one place.
 ORDER = (
     "config",
     "tokenizer",
@@ -40,21 +41,38 @@ ORDER = (
     "serve",
     "cli",
 )
-FILES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+FOLDERS = sorted({path.parent for path in FILES} - {PACKAGE})
+
+
+def name_of(path: Path) -> str:
+    """A file's name where it is imported; a folder's is that of its `__init__.py`."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def place_of(name: str) -> str:
+    """What stands in ORDER: a file, or a folder with all that is in it."""
+    return name.split(".")[1]
+
+
+NAMES = {name_of(path): path for path in FILES}
 
 
 def imported(file: str) -> set[str]:
-    """The files of the package that a file imports, at its top or in a function."""
+    """The names that a file imports of the package's files, at its top or in a function."""
     names = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{file}.py").read_text())):
+    for node in ast.walk(ast.parse(NAMES[file].read_text())):
         if isinstance(node, ast.ImportFrom) and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in NAMES else node.module for name in inner}
+            assert node.module != "gptjax", f"{file}: import the file that has the name"
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         else:
             assert not isinstance(node, ast.ImportFrom), f"{file}: relative import"
-    assert "gptjax" not in names, f"{file}: import the file that has the name, not the package"
-    return {name.split(".")[1] for name in names if name.startswith("gptjax.")}
+    assert "gptjax" not in names, f"{file}: import the file that has the name"
+    return {name for name in names if name.startswith("gptjax.")}
 
 
 def run_python(program: str, **environment: str) -> str:
@@ -68,15 +86,23 @@ def run_python(program: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", NAMES)
 def test_imports_only_from_files_above(file):
-    above = ORDER[: ORDER.index(file)]
-    assert imported(file) <= {*above}, f"{file} may import {above}"
+    place = place_of(file)
+    above = ORDER[: ORDER.index(place)]
+    others = {place_of(name) for name in imported(file)} - {place}
+    assert others <= {*above}, f"{file} may import {above}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "cli"])
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_imports_in_a_folder_have_an_order(folder):
+    own = {name for name, path in NAMES.items() if path.parent == folder}
+    list(TopologicalSorter({name: imported(name) & own for name in own}).static_order())
+
+
+@pytest.mark.parametrize("file", [file for file in NAMES if place_of(file) != "cli"])
 def test_only_the_command_line_reads_arguments_and_environment(file):
-    for node in ast.walk(ast.parse((PACKAGE / f"{file}.py").read_text())):
+    for node in ast.walk(ast.parse(NAMES[file].read_text())):
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("environ", "getenv", "argv"), f"{file}:{node.lineno}"
         if isinstance(node, ast.ImportFrom):
@@ -89,7 +115,7 @@ def test_import_leaves_jax_alone():
 
 
 def test_no_file_starts_a_backend_when_it_is_imported():
-    files = ", ".join(f"gptjax.{file}" for file in FILES)
+    files = ", ".join(NAMES)
     # JAX fails when it starts a backend that does not exist.
     run_python(f"import {files}", JAX_PLATFORMS="none_such")
 

@@ -444,7 +444,7 @@ GOOD = '{"text": "good"}'
         (
             '{"id": 1, "test": "a"}',
             17,
-            "there is no field 'text' but 'id', 'test'; data.text_field",
+            "there is no field 'text' but 'id', 'test'; give one with --data.text-field",
         ),
         ('{"texts": "a"}', 17, "no field 'text' but 'texts'.*Did you mean 'texts'"),
         ('{"text": null}', 17, "the field 'text' is null, not a string"),

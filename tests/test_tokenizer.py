@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from gptjax import tokenizer as module
 from gptjax.config import ConfigError, DataConfig
 from gptjax.tokenizer import (
     BPETokenizer,
@@ -26,6 +25,9 @@ from gptjax.tokenizer import (
     make_tokenizer,
     train_sentencepiece,
 )
+from gptjax.tokenizer import bpe as bpe_file
+from gptjax.tokenizer import pieces as pieces_file
+from gptjax.tokenizer import sentencepiece as sentencepiece_file
 
 SYLLABLES = (
     "the old sai lor told a long ta le it had no end did they mind mañ ana 床前 明月 12 x".split()
@@ -128,7 +130,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     split = byte_level()
     split.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(module._KNOWN_SPLITS[0]), "isolated"),
+            pre_tokenizers.Split(Regex(bpe_file._KNOWN_SPLITS[0]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -245,13 +247,13 @@ def test_what_leaves_no_place_to_cut(tokenizers, tmp_path):
 def test_the_pieces_of_a_text_do_not_matter(each, text, bounds, short):
     with pytest.MonkeyPatch.context() as patch:
         if short:  # so that there are units without a place to cut at
-            patch.setattr(module, "LONGEST_UNIT", 9)
-            patch.setattr(module, "PIECE_BYTES", 5)
+            patch.setattr(pieces_file, "LONGEST_UNIT", 9)
+            patch.setattr(pieces_file, "PIECE_BYTES", 5)
         assert joined(each.encode_pieces(pieces_of(text, bounds))) == each.encode(text).tolist()
 
 
 def test_units_are_bounded(tokenizers, monkeypatch):
-    monkeypatch.setattr(module, "LONGEST_UNIT", 10)
+    monkeypatch.setattr(pieces_file, "LONGEST_UNIT", 10)
     tokenizer, text = tokenizers["unigram"], ("é" * 40).encode()
     units, stop = tokenizer._units(text, 0, last=True)
     assert b"".join(units) == text and stop == len(text)
@@ -431,7 +433,7 @@ def test_more_text_than_is_learnt_from(tmp_path):
     done = train_sentencepiece(lines, tmp_path / "a.model", vocab_size=300, max_bytes=size // 3)
     assert done.num_bytes == size - len(lines) and done.num_sentences == len(lines)
     assert size / 8 < done.used_bytes <= size // 3
-    taken = [int(line.split()[-1]) for line in module._sample(lines, size // 3)[0]]
+    taken = [int(line.split()[-1]) for line in sentencepiece_file._sample(lines, size // 3)[0]]
     assert len(taken) == done.used_sentences
     assert np.histogram(taken, 4, (0, 4000))[0].min() > len(taken) / 5  # from all over the text
 

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from small import PLAIN
 
-from gptjax.checkpoint import CheckpointError, Checkpoints, read_run
+from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
 from gptjax.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
 from gptjax.metrics import read_metrics
 from gptjax.model import abstract_params
 from gptjax.sharding import make_mesh
 from gptjax.sources import DataError
+from gptjax.tokenizer import make_tokenizer, train_sentencepiece
 from gptjax.train import DivergenceError, fit
 
 EXPERIMENT = """
@@ -77,7 +78,7 @@ def wait_for_step(folder, run, step, process):
         time.sleep(0.01)
 
 
-def in_processes(folder, run, count, *options):
+def in_processes(folder, run, count, *options, code=0):
     """The command in so many processes with a device each, to their end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -86,7 +87,7 @@ def in_processes(folder, run, count, *options):
     processes = [
         start(folder, run, *options, *launch, "--process-id", str(i)) for i in range(count)
     ]
-    return [finish(process) for process in processes]
+    return [finish(process, code) for process in processes]
 
 
 def figures(folder, run):
@@ -228,6 +229,50 @@ def test_another_config_does_not_go_on_with_a_run(folder, tmp_path):
     longer = fit(small_run(folder, steps=5, log_every=1), tmp_path)
     assert int(longer.step) == 5
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3, 4, 5]
+
+
+def with_tokenizer(config, path):
+    return replace(config, data=replace(config.data, tokenizer=str(path)))
+
+
+@pytest.fixture
+def begun(folder, tmp_path):
+    """The config of a run that was begun with a tokenizer of its own, which then was changed."""
+    model, text = tmp_path / "a.model", (folder / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text("too short")
+    train_sentencepiece([text], model, vocab_size=270)
+    config = with_tokenizer(small_run(tmp_path), model)
+    known = replace(config, model=replace(config.model, vocab_size=270))
+    save_run(tmp_path / "run", known, make_tokenizer(config.data))
+    model.unlink()
+    train_sentencepiece([text], model, vocab_size=280)
+    return config
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_another_tokenizer_does_not_go_on_with_a_run(begun, tmp_path, kind):
+    config = begun if kind == "sentencepiece" else with_tokenizer(begun, "bytes")
+    _, kept = read_run(tmp_path / "run")
+    now = make_tokenizer(config.data)
+    was = f"of kind 'sentencepiece' with fingerprint {kept.fingerprint}, but"
+    words = f"{was} data.tokenizer is now of kind '{kind}' with {now.fingerprint}"
+    with pytest.raises(CheckpointError, match=f"{words}. Give --data.tokenizer {tmp_path}/run"):
+        fit(config, tmp_path / "run")
+    assert not (tmp_path / "stores").exists()
+
+
+def test_the_same_tokenizer_elsewhere_goes_on_with_a_run(begun, tmp_path):
+    with pytest.raises(DataError, match="context_size"):  # the next that is wrong
+        fit(with_tokenizer(begun, tmp_path / "run" / "tokenizer"), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_every_process_refuses_another_tokenizer(folder, begun, tmp_path):
+    before = sorted(folder.rglob("*"))
+    model = ["--data.tokenizer", begun.data.tokenizer]
+    for output in in_processes(folder, tmp_path / "run", 2, *model, code=4):
+        assert "error[4]" in output and output.count("sentencepiece") == 2
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_run_that_diverges_stops(folder, tmp_path):

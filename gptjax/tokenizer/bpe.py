@@ -1,0 +1,341 @@
+"""Byte-pair encoding: `tokenizer.json`, and GPT-2's two files."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import ConfigError
+from gptjax.tokenizer.files import read_json, read_whole
+from gptjax.tokenizer.pieces import ASCII_SPACES, LONE_BREAKS, SPACES, WORD_START, PieceTokenizer
+
+END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|end|>")
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<PAD>")
+
+# The texts that these patterns split are split before a lone space, and after a lone line break,
+# wherever that is cut. GPT-2's is that of ByteLevel itself; then those of cl100k and Llama 3, of
+# Qwen 2.
+_KNOWN_SPLITS = tuple(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    + numbers
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for numbers in (r"\p{N}{1,3}", r"\p{N}")
+)
+# What these do with a space, and with the printable ASCII beside it, stays between spaces.
+_KNOWN_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace")
+
+
+class BPETokenizer(PieceTokenizer):
+    """Byte-pair encoding as the library `tokenizers` has it, with the ids of its files.
+
+    Byte-level BPE without a normaliser, such as GPT-2's, is exact on every byte string; bytes that
+    are not UTF-8 are encoded one at a time. Special tokens that a text spells are text; added
+    tokens that are not special are found in it.
+    """
+
+    kind = "bpe"
+    file_name = "tokenizer.json"
+
+    def __init__(self, content: bytes, where: str):
+        """
+        Args:
+          content: of a `tokenizer.json`, without what `read_bpe` leaves out.
+          where: it comes from, for messages.
+        Raises:
+          ConfigError: if that is not a whole tokenizer, or one that cannot be used.
+        """
+        try:
+            spec = json.loads(content)
+            library = _library(spec)
+            model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
+            normalizers = list(_steps(spec["normalizer"]))
+            splitters = list(_steps(spec["pre_tokenizer"]))
+            ids = [*vocab.values()]
+            names = {token: name for name, token in vocab.items()}
+            names |= {one["id"]: one["content"] for one in added}
+        except Exception as error:  # the library raises nothing more special
+            raise ConfigError(
+                f"{where}: not a whole tokenizer ({error!r}); copy it again"
+            ) from None
+        if len({*ids}) != len(ids) or {*names} != {*range(len(names))}:
+            raise ConfigError(
+                f"{where}: the ids of {len(names):,} tokens are not those from 0 to "
+                f"{len(names) - 1:,}, each once; copy it again"
+            )
+        for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(name):
+                raise ConfigError(
+                    f"{where}: {name} {model[name]!r} is not supported; use byte-level BPE, such "
+                    "as GPT-2's, or BPE with '▁' for spaces"
+                )
+        kinds = [step["type"] for step in splitters]
+        byte_level = "ByteLevel" in kinds
+        if not byte_level and not any(
+            "Metaspace" in step["type"] or step.get("content") == WORD_START
+            for step in [*normalizers, *splitters]
+        ):
+            raise ConfigError(
+                f"{where}: takes texts apart by {', '.join(kinds) or 'nothing'}, which is not "
+                "supported; use byte-level BPE, such as GPT-2's, or BPE with '▁' for spaces"
+            )
+        alphabet = _byte_alphabet()
+        if byte_level and not {*alphabet} <= {*vocab}:
+            lost = sorted(byte for byte, name in enumerate(alphabet) if name not in vocab)
+            raise ConfigError(
+                f"{where}: has no token for {len(lost)} of the 256 bytes, such as {lost[0]:#04x}, "
+                "which it would leave out; train it with all bytes in its alphabet"
+            )
+        special = {one["id"]: one["content"] for one in added if one["special"]}
+        unknown = model.get("unk_token")
+        texts = {one["id"]: one["content"].encode() for one in added if not one["special"]}
+        bytes_of = {name: byte for byte, name in enumerate(alphabet)}
+
+        def meaning(token: int, name: str) -> bytes:
+            if token in special:
+                return b""
+            if token in texts:
+                return texts[token]
+            if byte_level and {*name} <= {*bytes_of}:
+                return bytes(bytes_of[character] for character in name)
+            if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name):
+                return bytes([int(name[3:5], 16)])
+            return name.replace(WORD_START, " ").encode()
+
+        normalises = []
+        if others := [step["type"] for step in normalizers if not _starts_words(step)]:
+            normalises.append(f"characters are changed by {', '.join(others)}")
+        if any(map(_is_prefix, [*normalizers, *splitters])):
+            normalises.append("a space is put before the text")
+        if any(one["lstrip"] or one["rstrip"] for one in added if not one["special"]):
+            normalises.append("white space beside some added tokens is left out")
+        if unkept := [step["type"] for step in splitters if not _keeps_all(step)]:
+            normalises.append(f"some characters may be left out by {', '.join(unkept)}")
+        if not byte_level:
+            normalises.append("'▁' becomes a space")
+            if not model.get("byte_fallback"):
+                becomes = f"become {unknown!r}" if unknown else "are lost"
+                normalises.append(f"characters outside the vocabulary {becomes}")
+        if normalises:
+            normalises.append("bytes that are not UTF-8 become U+FFFD")
+
+        bare = library
+        if any(map(_is_prefix, [*normalizers, *splitters])):
+            parts = ("normalizer", "pre_tokenizer")
+            bare = _library(spec | {part: _without_prefix(spec[part]) for part in parts})
+        super().__init__(
+            content,
+            where,
+            table=[meaning(token, names[token]) for token in range(len(names))],
+            special={token: name for token, name in special.items() if name != unknown},
+            end=_first_named(END_NAMES, special),
+            pad=_first_named(PAD_NAMES, special),
+            normalises=normalises,
+            byte_ids=np.array([vocab[name] for name in alphabet if byte_level], np.int32),
+            apart="",
+            cuts=_bpe_cuts(normalizers, splitters, vocab, added, bool(normalises)),
+            unit=1 << 13,  # the library is slower on long texts, and on short ones
+            first=lambda texts: _encode_fast(library, texts),
+            rest=lambda texts: _encode_fast(bare, texts),
+        )
+
+
+def _library(spec: dict) -> Any:
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_str(json.dumps(spec))
+    library.encode_special_tokens = True
+    return library
+
+
+def _encode_fast(library: Any, texts: list[bytes]) -> list[np.ndarray]:
+    found = library.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+    return [np.array(one.ids, np.int32) for one in found]
+
+
+def _steps(step: dict | None) -> Iterator[dict]:
+    """The parts of a normaliser or pre-tokeniser that may be a sequence."""
+    if step is None:
+        return
+    if step["type"] == "Sequence":
+        for one in step.get("normalizers") or step.get("pretokenizers") or []:
+            yield from _steps(one)
+    else:
+        yield step
+
+
+def _starts_words(step: dict) -> bool:
+    """Whether all that a normaliser does is put "▁" for spaces, and before the text."""
+    space = step.get("pattern") == {"String": " "} and step.get("content") == WORD_START
+    return step["type"] == "Prepend" or (step["type"] == "Replace" and space)
+
+
+def _is_prefix(step: dict) -> bool:
+    """Whether a step puts something before the text."""
+    return (
+        step["type"] == "Prepend"
+        or step.get("add_prefix_space", False)
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+    )
+
+
+def _keeps_all(step: dict) -> bool:
+    """Whether a pre-tokeniser leaves no character out."""
+    if step["type"] in ("Split", "Punctuation"):
+        return step["behavior"] != "Removed"
+    return step["type"] in ("ByteLevel", "Metaspace", "Digits")
+
+
+def _without_prefix(step: dict | None) -> dict | None:
+    """A normaliser or pre-tokeniser without what puts something before the text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in step else "pretokenizers"
+        return step | {name: [one for one in map(_without_prefix, step[name]) if one]}
+    if step["type"] == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    return step | {"add_prefix_space": False} if "add_prefix_space" in step else step
+
+
+def _bpe_cuts(
+    normalizers: list[dict],
+    splitters: list[dict],
+    vocab: Iterable[str],
+    added: list[dict],
+    normalised: bool,
+) -> list[bytes]:
+    """The patterns of places that a text may be cut at, as `PieceTokenizer` takes them."""
+    types = [step["type"] for step in splitters]
+    found = [one for one in added if not one["special"]]
+    if any(re.search(r"\n|(?<!^)\s", one["content"]) or one["rstrip"] for one in found):
+        return []
+    # What is put before the text is put before what follows an added token, too.
+    if found and any(map(_is_prefix, [*normalizers, *splitters])):
+        return []
+    if any(step["type"] not in _KNOWN_NORMALIZERS for step in normalizers):
+        return []
+    if any(step["type"] == "Replace" and not _starts_words(step) for step in normalizers):
+        return []
+    if types in ([], ["Metaspace"]):
+        inside = any(WORD_START in name.lstrip(WORD_START) for name in vocab)
+        return [] if inside else [ASCII_SPACES]
+    patterns = [step["pattern"].get("Regex") for step in splitters if step["type"] == "Split"]
+    gpt2 = types == ["ByteLevel"] and splitters[0].get("use_regex", True)
+    known = types == ["Split", "ByteLevel"] and (
+        patterns[0] in _KNOWN_SPLITS
+        and splitters[0]["behavior"] == "Isolated"
+        and not splitters[0].get("invert")
+        and not splitters[1].get("use_regex", True)
+    )
+    if not (gpt2 or known):
+        return []
+    return [ASCII_SPACES] if normalised else [SPACES, LONE_BREAKS]
+
+
+def _first_named(names: tuple[str, ...], special: dict[int, str]) -> int | None:
+    """The id of the special token that has the first of these names."""
+    ids = {name: token for token, name in special.items()}
+    return next((ids[name] for name in names if name in ids), None)
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level BPE: its own in Latin-1 if that can be
+    seen, and else the next from U+0100 on.
+    """
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return [chr(byte if byte in seen else 0x100 + hidden.index(byte)) for byte in range(256)]
+
+
+def read_bpe(path: Path) -> bytes:
+    """The content of a `tokenizer.json`, less what has no part in text becoming ids.
+
+    That is truncation, padding, the special tokens that a post-processor adds, and dropout.
+
+    Raises:
+      ConfigError: if it is not one, or not of BPE.
+    """
+    spec = read_json(path)
+    model = spec.get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise ConfigError(
+            f"{path}: is no tokenizer.json, it has no model with a vocabulary; for vocab.json and "
+            "merges.txt, or encoder.json and vocab.bpe, give their folder"
+        )
+    if model.get("type", "BPE") != "BPE":
+        raise ConfigError(
+            f"{path}: a model of type {model['type']}; give one of type BPE, or the SentencePiece "
+            ".model that it was made from"
+        )
+    fixed = {"truncation": None, "padding": None, "post_processor": None}
+    parts = {"normalizer": None, "pre_tokenizer": None, "added_tokens": []}
+    return _canonical(parts | spec | fixed | {"model": model | {"dropout": None}})
+
+
+def read_gpt2(vocab_path: Path, merges_path: Path) -> bytes:
+    """The same of GPT-2's two files.
+
+    Raises:
+      ConfigError: if one is not whole, or they are not of one tokenizer.
+    """
+    vocab = read_json(vocab_path)
+    lines = read_whole(merges_path).decode(errors="replace").replace("\r\n", "\n").split("\n")
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        if len(pair := line.split(" ")) != 2:
+            raise ConfigError(
+                f"{merges_path}: line {number} is {line!r}, but a merge is two pieces with a space "
+                "between them; copy the file again"
+            )
+        merges.append(pair)
+    made = {"".join(pair) for pair in merges} | {*_byte_alphabet()}
+    special = [name for name in vocab if name not in made]
+    unmade = [name for name in special if not re.fullmatch("<.+>", name)]
+    if unmade or not made <= {*vocab}:
+        what = f"{vocab_path.name} has {len(unmade):,} pieces that no merge makes"
+        if not unmade:
+            lost = sorted(made - {*vocab})
+            what = f"{vocab_path.name} lacks {len(lost):,} pieces, such as {lost[0]!r}"
+        raise ConfigError(f"{merges_path}: {what}; copy both files again, from the same tokenizer")
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": vocab[name], "content": name, **flags, "special": True} for name in special
+        ],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
+    }
+    return _canonical(spec)
+
+
+def _canonical(spec: dict) -> bytes:
+    return json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()
