@@ -40,6 +40,7 @@ from gptjax.survey import Spool, Survey, is_spooled, survey_source, texts
 from gptjax.tokenizer import Tokenizer
 
 NUM_GROUPS = 256  # of sources that are surveyed in one go, at most
+STORE_URLS = ("gs", "s3", "file")  # where TensorStore can write and others can read
 
 Accept = Callable[[str, int], None]  # raises if a split of this name and number of tokens is no use
 
@@ -87,7 +88,17 @@ def load_corpus(
 
 
 def store_folder(config: DataConfig, tokenizer: Tokenizer) -> Folder:
-    """Where the stores of a config lie: one folder for all that decides what they hold."""
+    """Where the stores of a config lie: one folder for all that decides what they hold.
+
+    Raises:
+      ConfigError: for a URL that cannot hold stores.
+    """
+    if is_url(config.store_dir) and config.store_dir.partition("://")[0] not in STORE_URLS:
+        raise ConfigError(
+            f"data.store_dir = {config.store_dir!r}: stores are written there and read again by "
+            "other processes; give a folder, or a URL that begins with "
+            + ", ".join(f"{name}://" for name in STORE_URLS)
+        )
     chosen = {
         name: getattr(config, name)
         for name in (
@@ -254,7 +265,7 @@ class _Work:
             desc=what, total=total, initial=done, unit="B", unit_scale=True, disable=self._quiet
         )
         with bar:
-            self._run(function, items, label=label, progress=bar.update)
+            self._run(function, items, label=label, progress=bar.update, still=bar.set_postfix_str)
 
     def say(self, text: str) -> None:
         if not self._quiet:

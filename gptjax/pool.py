@@ -26,6 +26,7 @@ Progress = Callable[[int], None]  # told of the bytes that have been worked on s
 Function = Callable[[Any, Progress], None]
 
 TELL_SECONDS = 0.1  # between two messages of a worker about its progress
+STILL_SECONDS = 30  # without a message of a worker before that is told
 
 
 def run_in_pool(
@@ -35,6 +36,7 @@ def run_in_pool(
     *,
     label: Callable[[Any], str] = str,
     progress: Progress = lambda num_bytes: None,
+    still: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Call function(item, progress) for every item, in any order.
 
@@ -46,6 +48,8 @@ def run_in_pool(
       function: can be pickled, as can the items.
       workers: processes; None: as many as there are cores. With one, or one item: this process.
       label: what an error calls an item.
+      still: told which workers have made no progress for a while, and where; "" when all do again.
+        An item may take any time, so none is given up.
     Raises:
       DataError: if a worker dies; and whatever the function raises, first come.
     """
@@ -54,13 +58,22 @@ def run_in_pool(
         for item in items:
             function(item, progress)
         return
-    waiting, team = iter(items), {}
+    waiting, team, told = iter(items), {}, ""
     with _team(workers, function) as members:
         for member in members:
             member.begin(next(waiting))
             team[member.connection] = member
         while team:
-            for connection in wait([*team]):
+            ready = wait([*team], timeout=STILL_SECONDS / 4)
+            before = time.monotonic() - STILL_SECONDS
+            text = ", ".join(
+                f"worker {member.process.pid} is still at {label(member.item)}"
+                for connection, member in team.items()
+                if member.heard < before and connection not in ready
+            )
+            if text != told:
+                still(told := text)
+            for connection in ready:
                 member = team[connection]
                 kind, content = member.receive(label)
                 if kind == "progress":
@@ -87,9 +100,10 @@ class _Member:
     process: subprocess.Popen
     connection: Connection
     item: Any = field(default=None)
+    heard: float = 0.0  # when it last sent something, or was given an item
 
     def begin(self, item: Any) -> None:
-        self.item = item
+        self.item, self.heard = item, time.monotonic()
         self._send(item)
 
     def _send(self, value: Any) -> None:
@@ -97,6 +111,7 @@ class _Member:
             self.connection.send(value)
 
     def receive(self, label: Callable[[Any], str]) -> tuple[str, Any]:
+        self.heard = time.monotonic()
         try:
             return self.connection.recv()
         except (EOFError, ConnectionError):
@@ -209,6 +224,7 @@ def run_on_beam(
     *,
     label: Callable[[Any], str] = str,
     progress: Progress = lambda num_bytes: None,
+    still: Callable[[str], None] = lambda text: None,
 ) -> None:
     """As `run_in_pool`, in a Beam pipeline, which has ways of its own to tell.
 

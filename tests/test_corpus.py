@@ -5,17 +5,21 @@ import gzip
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from gptjax import layout as layout_file
+from gptjax import pool as pool_file
 from gptjax import sources as sources_file
 from gptjax import survey as survey_file
 from gptjax.config import ConfigError, DataConfig
@@ -417,6 +421,27 @@ def test_a_store_at_a_url_is_the_same(tmp_path, folder):
     assert manifest.stat().st_mtime_ns == built
 
 
+def test_sources_at_a_url_are_those_on_disk(tmp_path, folder):
+    memory = fsspec.filesystem("memory")
+    for name, content in every_file(folder).items():
+        memory.pipe(f"/corpus/{name}", content)
+    on_disk = load(tmp_path, folder, exclude=("*.py",), holdout=0.4)
+    remote = load(tmp_path, "memory://corpus", exclude=("*.py",), holdout=0.4)
+    for one, other in zip(on_disk, remote, strict=True):
+        assert one.folder != other.folder
+        assert contents(one) == contents(other)
+    assert load(tmp_path, "memory://corpus", exclude=("*.py",), holdout=0.4)[0].folder
+    memory.pipe("/corpus/b.txt", b"THIS is b.txt\n")
+    with pytest.raises(DataError, match=r"the content of memory://\S*b.txt differs"):
+        load(tmp_path, "memory://corpus", exclude=("*.py",), holdout=0.4)
+
+
+@pytest.mark.parametrize("url", ["memory://stores", "https://example.org/stores", "s4://stores"])
+def test_urls_that_cannot_hold_stores(tmp_path, folder, url):
+    with pytest.raises(ConfigError, match=rf"data.store_dir = '{url}': .*give a folder, or a URL"):
+        load(tmp_path, folder, store_dir=url)
+
+
 def test_a_store_at_a_url_that_is_not_accepted_leaves_no_files(tmp_path, folder):
     def accept(split, num_tokens):
         raise DataError("too little")
@@ -623,6 +648,8 @@ def write_deadly(tmp_path):
         "    (here / 'pids' / str(os.getpid())).touch()\n"
         "    if (here / 'slow').exists():\n"
         "        time.sleep(100)\n"
+        "    if text == 'late':\n"
+        "        time.sleep(1.5)\n"
         "    if text == 'stuck':\n"
         "        os.kill(os.getpid(), signal.SIGSTOP)\n"
         "    if text == 'deadly':\n"
@@ -689,6 +716,38 @@ def test_workers_end_with_their_parent(tmp_path):
     build.kill()
     build.wait()
     wait_for(lambda: not any(map(is_running, workers)))
+
+
+def test_ctrl_c_ends_workers_that_hang(tmp_path):
+    """One that sleeps, and one that is stopped and hears no signal."""
+    code = write_deadly(tmp_path)
+    write(tmp_path / "text" / "a", "stuck")
+    write(tmp_path / "text" / "b", "late")
+    write(tmp_path / "text" / "c", "late")
+    build = start(tmp_path, tmp_path / "text", 2, f"{code}:keep")
+    workers = wait_for(lambda: len(found := pids(tmp_path)) == 2 and found)
+    began = time.monotonic()
+    build.send_signal(signal.SIGINT)
+    assert build.wait(timeout=10) != 0
+    assert time.monotonic() - began < 1
+    assert not any(map(is_running, workers))
+
+
+def test_a_worker_that_makes_no_progress_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pool_file, "STILL_SECONDS", 0.2)
+    code = write_deadly(tmp_path)
+    for name, text in [("a", "late"), ("b", "two")]:
+        write(tmp_path / "text" / name, text)
+    config = DataConfig(
+        path=(str(tmp_path / "text"),),
+        store_dir=str(tmp_path / "stores"),
+        filter=f"{code}:keep",
+        workers=2,
+    )
+    load_corpus(replace(config, holdout=0.5), TOKENIZER, progress=True)
+    shown = [line for line in capsys.readouterr().err.split("\r") if "reading text" in line]
+    assert any(re.search(r"worker \d+ is still at \S*text/a", line) for line in shown)
+    assert "still" not in shown[-1]
 
 
 def test_an_error_in_a_worker_is_the_caller_s(tmp_path, folder):

@@ -1,5 +1,8 @@
 """Every token is a target once an epoch, for any number of processes; a step is a pure function."""
 
+import functools
+import hashlib
+import random
 import threading
 import time
 from dataclasses import replace
@@ -355,6 +358,76 @@ def test_hosts_share_a_mixture_with_batches_and_documents_left_out(mixture, host
         parts = [batch_at(step, rows, which=slice(i * size, (i + 1) * size)) for i in range(hosts)]
         joined = Batch(*map(np.concatenate, zip(*parts, strict=True)))
         assert equal(joined, batch_at(step, rows, which=slice(0, 12)))
+
+
+def hashes(rows, steps, hosts=1, ahead=0):
+    """A hash of each global batch, whose rows come from so many hosts."""
+    size, joined = rows.batch_size // hosts, []
+    which = [slice(i * size, (i + 1) * size) for i in range(hosts)]
+    makers = [functools.partial(batch_at, rows=rows, which=mine) for mine in which]
+    streams = [prefetch(make, steps.start, steps.stop, ahead) for make in makers]
+    for parts in zip(*streams, strict=True):
+        batch = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        joined.append(hashlib.sha256(b"".join(array.tobytes() for array in batch)).hexdigest())
+    return joined
+
+
+@pytest.fixture(scope="module")
+def all_at_once(mixture):
+    """Two stores of several epochs and another share from step 60 on, batches that are passed over,
+    and documents that are left out: 200 batches, and their hashes on one host.
+    """
+    a, b = (replace(member, weights=()) for member in mixture.members[:2])
+    two = replace(mixture, members=(replace(a, weights=((60, 5.0),)), b))
+    rows = without(replace(two, skip=SKIP), 0, [1], from_step=90)
+    assert (rows.rows_read(200) > 5 * rows.epoch_rows).all()
+    expected = hashes(rows, range(200))
+    assert len(set(expected)) == 200
+    plain = hashes(replace(two, skip=SKIP), range(200))
+    assert plain[:90] == expected[:90] and plain[90:] != expected[90:]
+    assert plain[1:] != hashes(two, range(200))[1:]
+    return rows, expected
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4, 8])
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+def test_batches_are_the_same_on_any_hosts_and_any_time_ahead(all_at_once, hosts, ahead):
+    rows, expected = all_at_once
+    assert hashes(rows, range(200), hosts, ahead) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_are_the_same_after_stops_anywhere(all_at_once, seed):
+    rows, expected = all_at_once
+    draw, step = random.Random(seed), 0
+    while step < 200:
+        stop = min(200, step + draw.randint(1, 40))
+        ran = range(step, min(200, stop + draw.randint(0, 9)))  # past what was saved, and again
+        hosts, ahead = draw.randint(1, 4), draw.choice([0, 1, 4, 8])
+        again = replace(rows)  # nothing is kept of what was worked out before
+        assert hashes(again, ran, hosts, ahead) == expected[ran.start : ran.stop]
+        step = stop
+
+
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_every_document_once_in_every_epoch(mixture, hosts):
+    """Counted by its tokens, with its end-of-text before it."""
+    size, steps = 12 // hosts, range(200)
+    windows = [
+        windows_at(step, mixture, which=slice(i * size, (i + 1) * size))
+        for step in steps
+        for i in range(hosts)
+    ]
+    member_B, start_B = (np.concatenate(arrays) for arrays in zip(*windows, strict=True))
+    for i, member in enumerate(mixture.members):
+        store, num_rows = member.store, int(mixture.epoch_rows[i])
+        listed = [store.document(n) for n in range(store.num_documents)]
+        mine = start_B[member_B == i]
+        assert len(mine) > 3 * num_rows
+        for first in range(0, len(mine) - num_rows + 1, num_rows):
+            token = mine[first : first + num_rows, None] + np.arange(mixture.context_size)
+            seen = store.documents(token[token < store.num_tokens - 1])
+            assert np.bincount(seen).tolist() == [one.stop - one.start for one in listed]
 
 
 # --- the order of rows -------------------------------------------------------------------------

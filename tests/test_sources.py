@@ -427,6 +427,46 @@ print([name for name in sys.modules if name.partition(".")[0] == "tensorflow"])
     assert modules == "[]"
 
 
+TRAINED = """
+import sys
+from gptjax.cli import main
+
+code = main()
+print([name for name in sys.modules if name.partition(".")[0] == "tensorflow"])
+sys.exit(code)
+"""
+EXPERIMENT = """
+from gptjax import *
+
+def config():
+    return Config(
+        model=GPTConfig(context_size=16, num_layers=1, width=16, num_heads=2),
+        sample=SampleConfig(max_tokens=0),
+        steps=3, batch_size=4, log_every=1, tensorboard=False,
+    )
+"""
+
+
+@pytest.mark.slow
+def test_a_data_set_is_trained_on_without_tensorflow(tmp_path):
+    prepare_tfds(tmp_path / "data", [f"text {i}" for i in range(100)])
+    write(tmp_path / "run.py", EXPERIMENT)
+    options = "--data.path tfds:plain --data.tfds-dir data --run-dir run --eval-every 3"
+    ran = subprocess.run(
+        [sys.executable, "-c", TRAINED, "train", "run.py", *options.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "[]"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["eval/loss"] > 0
+    (manifest,) = tmp_path.glob("stores/*/train/manifest.json")
+    assert json.loads(manifest.read_text())["source"][0]["name"] == "tfds:plain:1.0.0@train"
+
+
 # --- bad records -------------------------------------------------------------------------------
 
 SKIP = "leave such records out with --data.on-bad-record skip"

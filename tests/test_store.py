@@ -280,6 +280,35 @@ def test_opening_does_not_depend_on_the_size(tmp_path):
     assert store.num_tokens > 1e11
 
 
+def test_windows_of_a_very_large_store(tmp_path):
+    """Of 100,000,000,000 tokens, of which those of four shards are there."""
+    size, there = 1 << 24, (0, 2999, 3000, 6399)
+    sparse_store(tmp_path / "store", 6400, size)
+    text = np.random.default_rng(0).integers(0, 256, size - 1, np.uint8)
+    for number in there:
+        writer = ShardWriter(tmp_path / "store", number, TOKENIZER)
+        pieces = lambda number=number: iter([np.roll(text, number).tobytes()])  # noqa: E731
+        writer.add(Text("a", 0, 0, size - 1, pieces))
+        writer.close(closes=False)
+    began = time.perf_counter()
+    store = open_store(tmp_path / "store", TOKENIZER)
+    assert time.perf_counter() - began < 1
+    rng = np.random.default_rng(1)
+    inside = rng.integers(0, size - 1025, (3, len(there)))
+    across = 3000 * size - rng.integers(1, 1025, 3)
+    starts = rng.permutation([*(np.array(there) * size + inside).ravel(), *across, 6400 * size - 9])
+    began = time.perf_counter()
+    windows = store.read(starts, 1025, PAD)
+    assert time.perf_counter() - began < 1
+    for start, window in zip(starts.tolist(), windows, strict=True):
+        shard, place = np.divmod(start + np.arange(1025), size)
+        expected = np.where(place > 0, text[(place - 1 - shard) % (size - 1)].astype(int), END)
+        np.testing.assert_array_equal(window, np.where(shard < 6400, expected, PAD))
+    assert len(os.listdir(tmp_path / "store/shards")) == len(there)
+    with pytest.raises(DataError, match="damaged"):
+        store.read(np.array([7 * size]), 1025, PAD)
+
+
 @pytest.mark.slow
 def test_windows_are_read_quickly(tmp_path):
     """Random windows of 1,025 tokens over many shards."""

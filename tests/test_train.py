@@ -4,6 +4,7 @@ with.
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -101,7 +102,7 @@ def figures(folder, run):
 def params_of(folder, run):
     config, _ = read_run(folder / run)
     like = abstract_params(config.model, make_mesh(MeshConfig(), jax.devices()[:1]))
-    return jax.device_get(Checkpoints(folder / run).restore_params(like, STEPS))
+    return jax.device_get(Checkpoints(folder / run).restore_params(like, config.steps))
 
 
 def assert_same(folder, run, other):
@@ -193,6 +194,69 @@ def test_all_processes_save_the_same_step_when_one_is_told_to_stop(folder, whole
     for process in both:
         finish(process, 75)
     assert Checkpoints(folder / run).latest() == max(figures(folder, run)) > 5
+
+
+# --- mixtures ------------------------------------------------------------------------------------
+
+MIXTURE = """
+from gptjax import *
+
+def config():
+    return Config(
+        model=GPTConfig(context_size=32, num_layers=1, width=16, num_heads=2),
+        data=DataConfig(
+            mixture=(
+                MixtureConfig(name="words", path=("text.txt",)),
+                MixtureConfig(name="lines", path=("lines.jsonl",), weights=((40, 4.0),)),
+            ),
+            skip=((7, 9), (60, 60)),
+        ),
+        sample=SampleConfig(max_tokens=0),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        steps=96, batch_size=12, log_every=1, eval_every=48, save_every=8, tensorboard=False,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed(folder):
+    """A run of a mixture that nothing disturbed; it reads the shorter store several times."""
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "run.py").write_text(MIXTURE)
+    (folder / "mixed" / "text.txt").write_bytes((folder / "text.txt").read_bytes())
+    lines = [json.dumps({"text": f"{n} squared is {n * n}"}) for n in range(200)]
+    (folder / "mixed" / "lines.jsonl").write_text("\n".join(lines))
+    finish(start(folder / "mixed", "whole"))
+    whole = figures(folder / "mixed", "whole")
+    assert list(whole) == list(range(1, 97))
+    assert len({values["data/batch_hash"] for values in whole.values()}) == 96
+    return folder / "mixed"
+
+
+@pytest.mark.slow
+def test_a_mixture_that_is_killed_again_and_again_goes_on_bit_for_bit(mixed):
+    draw, logged = random.Random(0), 0
+    for _ in range(5):
+        process = start(mixed, "killed")
+        wait_for_step(mixed, "killed", logged + draw.randint(1, 12), process)
+        process.kill()
+        finish(process, -signal.SIGKILL)
+        logged = max(figures(mixed, "killed"))
+    assert logged < 96
+    finish(start(mixed, "killed"))
+    assert_same(mixed, "killed", "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_batches_of_a_mixture(mixed, count):
+    run = f"{count}-processes"
+    in_processes(mixed, run, count, "--mesh.data", str(count))
+    hashes, whole = (
+        {step: values["data/batch_hash"] for step, values in figures(mixed, one).items()}
+        for one in (run, "whole")
+    )
+    assert hashes == whole
 
 
 # --- what is refused, in this process ------------------------------------------------------------
