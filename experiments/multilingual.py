@@ -23,9 +23,7 @@ def config() -> Config:
     """Returns the run."""
     return Config(
         name="multilingual",
-        model=GPTConfig(
-            context_size=128, num_layers=4, width=192, num_heads=4, positions="rope"
-        ),
+        model=GPTConfig(context_size=128, num_layers=4, width=192, num_heads=4, positions="rope"),
         data=DataConfig(
             mixture=(
                 MixtureConfig(name="german", path=("german/*.txt.gz",), holdout=0.15),
