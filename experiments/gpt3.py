@@ -5,9 +5,12 @@
 The paper's warm-up is 375 million tokens, its cosine ends at a tenth of the rate after 260 billion,
 and the rate stays there. Its batches grow to their size over the first 4 to 12 billion tokens; here
 they have it from the start. 3.2 million tokens are 1,536 rows here, which more meshes divide.
+
+The tokenizer is GPT-2's, from a folder `gpt2` that holds its encoder.json and vocab.bpe, or its
+vocab.json and merges.txt; --data.tokenizer names another.
 """
 
-from gptjax import GPT3, Config, OptimizerConfig
+from gptjax import GPT3, Config, DataConfig, OptimizerConfig
 
 TOKENS = 300e9
 WARMUP_TOKENS = 375e6
@@ -64,6 +67,7 @@ def _config(size: str, learning_rate: float, batch_size: int) -> Config:
     return Config(
         name=f"gpt3-{size}",
         model=GPT3[size],
+        data=DataConfig(tokenizer="gpt2"),
         optimizer=OptimizerConfig(
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,

@@ -3,9 +3,12 @@
     gptjax train experiments/modern.py --data.path 'text/*.txt.gz' --accumulate 5
 
 No biases, and an unembedding of its own. Batches and schedule as in gpt2.py, so losses compare.
+
+The tokenizer is GPT-2's, from a folder `gpt2` that holds its encoder.json and vocab.bpe, or its
+vocab.json and merges.txt; --data.tokenizer names another.
 """
 
-from gptjax import Config, GPTConfig, OptimizerConfig
+from gptjax import Config, DataConfig, GPTConfig, OptimizerConfig
 
 
 def config() -> Config:
@@ -25,6 +28,7 @@ def config() -> Config:
             bias=False,
             tied_embedding=False,
         ),
+        data=DataConfig(tokenizer="gpt2"),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=2000),
         steps=600_000,
         batch_size=480,
