@@ -20,11 +20,11 @@ import pytest
 
 from gptjax import layout as layout_file
 from gptjax import pool as pool_file
-from gptjax import sources as sources_file
 from gptjax import survey as survey_file
 from gptjax.config import ConfigError, DataConfig
 from gptjax.corpus import load_corpus
 from gptjax.sources import DataError, find_sources
+from gptjax.sources import lines as lines_file
 from gptjax.store import open_store
 from gptjax.survey import Span
 from gptjax.survey import texts as read_texts
@@ -301,7 +301,7 @@ class PairTokenizer(ByteTokenizer):
 @pytest.mark.parametrize("piece_bytes", [64, 1 << 22])
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_long_text_in_shards_is_the_text(tmp_path, small, monkeypatch, piece_bytes, share):
-    monkeypatch.setattr(sources_file, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(lines_file, "PIECE_BYTES", piece_bytes)
     rng = np.random.default_rng(0)
     words = ["é" * n + "a" * m for n, m in rng.integers(1, 40, (300, 2))]
     text = " ".join(words).encode()
