@@ -8,9 +8,9 @@ German and English are novels, a file each; Chinese are poems of the Tang dynast
 Rows come in equal shares until step 750, and then more of them are Chinese, of which there is
 least. metrics.jsonl has eval/german/bits_per_byte and so on.
 
-Result, in bits per byte: German 2.178, English 2.211, Chinese 2.932, together 2.412, after a million
-tokens (57 English and 8 German novels, 22,013 poems; 2 cores of an Intel Xeon, 5 minutes with other
-work running; 2026-11-24).
+Result, in bits per byte: German 2.178, English 2.211, Chinese 2.932, together 2.412, after a
+million tokens (57 English and 8 German novels, 22,013 poems; 2 cores of an Intel Xeon, 5 minutes
+with other work running; 2026-11-24).
 """
 
 from gptjax import (
