@@ -45,10 +45,11 @@ from gptjax.tokenizer import Tokenizer
 FORMAT = 2  # of a store; raised when what lies on disk changes its meaning
 FILE_SIZE = 1 << 24  # numbers in a file
 CHUNK_SIZE = 1 << 13  # numbers with a checksum of their own: the least that is read at once
-# Chunks and indices of files kept in memory by an open store. An index has 32 KiB, so all of those
-# of 1e11 tokens fit, and a window costs one read.
-CACHE_BYTES = 256 << 20
-OPEN_ARRAYS = 4096  # arrays of shards kept open by an open store
+# Chunks and indices of files kept in memory by an open store. With reads at random places of 1e11
+# tokens, a file is read again after 6,000 others, of each an index of 32 KiB and a chunk of 16 KiB:
+# where there is room for these, indices stay and a window costs one read.
+CACHE_BYTES = 384 << 20
+OPEN_ARRAYS = 1 << 14  # of shards, kept open by an open store; they are small, and slow to open
 BATCH_BYTES = 1 << 20  # of short texts, encoded together
 SHORT_BYTES = 1 << 16  # texts up to this are short
 LISTED = 20  # names that a list of them holds at most
