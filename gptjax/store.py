@@ -142,6 +142,12 @@ class Store:
         Raises:
           DataError: if the files have been damaged since they were built.
         """
+        return self.begin_read(starts, length, pad)()
+
+    def begin_read(self, starts: np.ndarray, length: int, pad: int) -> Callable[[], np.ndarray]:
+        """Begin what `read` does; what is returned waits for the end. So several stores are read at
+        once.
+        """
         windows = np.full((len(starts), length), pad, np.int32)
         starts = np.asarray(starts, np.int64)
         stops = np.minimum(starts + length, self.num_tokens)
@@ -149,23 +155,27 @@ class Store:
         last = self._shard_of(np.maximum(stops - 1, 0))
         arrays = self._arrays("tokens", {*shards.tolist(), *last.tolist()})
         bounds, parts = self._first_token.tolist(), []
-        with self._reading():
-            with ts.Batch() as batch:  # windows of one chunk share its reading
-                for window, start, stop, shard in zip(
-                    windows, starts.tolist(), stops.tolist(), shards.tolist(), strict=True
-                ):
-                    column = 0
-                    while start < stop:
-                        until = min(stop, bounds[shard + 1])
-                        if shard not in arrays:  # only a window wider than a shard comes here
-                            arrays |= self._arrays("tokens", {shard})
-                        place = slice(start - bounds[shard], until - bounds[shard])
-                        read = arrays[shard][place].read(batch=batch)
-                        parts.append((window[column : column + until - start], read))
-                        column, start, shard = column + until - start, until, shard + 1
-            for part, read in parts:
-                part[:] = read.result()
-        return windows
+        with self._reading(), ts.Batch() as batch:  # windows of one chunk share its reading
+            for window, start, stop, shard in zip(
+                windows, starts.tolist(), stops.tolist(), shards.tolist(), strict=True
+            ):
+                column = 0
+                while start < stop:
+                    until = min(stop, bounds[shard + 1])
+                    if shard not in arrays:  # only a window wider than a shard comes here
+                        arrays |= self._arrays("tokens", {shard})
+                    place = slice(start - bounds[shard], until - bounds[shard])
+                    read = arrays[shard][place].read(batch=batch)
+                    parts.append((window[column : column + until - start], read))
+                    column, start, shard = column + until - start, until, shard + 1
+
+        def end_read() -> np.ndarray:
+            with self._reading():
+                for part, read in parts:
+                    part[:] = read.result()
+            return windows
+
+        return end_read
 
     def documents(self, positions: np.ndarray) -> np.ndarray:
         """The number of the document that each token lies in, int64 [len(positions)].
