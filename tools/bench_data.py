@@ -11,11 +11,11 @@ stores that together have as many shards. The shards are links to a few real one
 system has their files in memory, as after a first epoch; `first_read` is the first round, which
 opens the shards. ratio: mixture to batches of the same round.
 
-tokenising: bytes of text a second from files to a finished store, with all that it takes: starting
-the workers, reading the text twice, checksums, writing. Against the tokenizer's library alone, on
-as many cores, which is given texts in memory, cut as suits it, and whose ids go nowhere. ratio: the
-seconds of the library to those of the store, of the same round; null for bytes, which need no
-library.
+tokenising: bytes of text a second: of `store`, from files to a finished store, with all that it
+takes: starting the workers, reading the text twice, checksums, writing. Of `library`, the
+tokenizer's alone, on as many cores, which is given the documents in memory, and whose ids go
+nowhere; of `library_cut` too, but its texts are cut as suits it best. ratio: its seconds to those
+of the store in the same round. For bytes, which need no library, the store alone.
 
 opening: seconds to open a store of 100,000,000,000 tokens and to read windows of its first shard.
 
@@ -158,43 +158,43 @@ def measure_tokenising(given: argparse.Namespace, folder: Path) -> dict[str, Any
     texts = [
         b"".join(record.pieces()) for source in find_sources(config) for record in source.records()
     ]
-    num_bytes, library, rounds = sum(map(len, texts)), library_of(tokenizer, texts, folder), []
-    for i in range(given.rounds + 1):
-        stores = folder / f"stores-{i}"
-        fresh = data_config(given, store_dir=str(stores))
-        took = [seconds_of(partial(load_corpus, fresh, tokenizer))]
-        rounds.append(took + ([seconds_of(library)] if library else []))
-    rates = [num_bytes / statistics.median(column) for column in zip(*rounds[1:], strict=True)]
-    ratios = sorted(theirs / ours for ours, theirs in rounds[1:]) if library else []
-    return {
-        "tokenizer": tokenizer.kind,
-        "bytes": num_bytes,
-        "bytes_per_second": rates[0],
-        "library_bytes_per_second": rates[1] if library else None,
-        "ratio": statistics.median(ratios) if library else None,
-        "ratio_min": ratios[0] if library else None,
-        "ratio_max": ratios[-1] if library else None,
-    }
-
-
-def library_of(tokenizer: Tokenizer, texts: list[bytes], folder: Path) -> Callable[[], Any] | None:
-    """What encodes all texts with the tokenizer's library alone, on all cores that it may use."""
+    num_bytes, encode, rounds = sum(map(len, texts)), library_of(tokenizer, folder), []
+    whole = [text.decode(errors="replace") for text in texts]
     pieces = [piece.decode(errors="replace") for text in texts for piece in cut(text)]
+    programs = {"library": partial(encode, whole), "library_cut": partial(encode, pieces)}
+    for i in range(given.rounds + 1):
+        fresh = data_config(given, store_dir=str(folder / f"stores-{i}"))
+        took = {"store": seconds_of(partial(load_corpus, fresh, tokenizer))}
+        if tokenizer.kind != "bytes":
+            took |= {name: seconds_of(run) for name, run in programs.items()}
+        rounds.append(took)
+    facts: dict[str, Any] = {"tokenizer": tokenizer.kind, "bytes": num_bytes}
+    for name in rounds[0]:
+        rates = [num_bytes / took[name] for took in rounds[1:]]
+        facts[name] = {"bytes_per_second": statistics.median(rates)}
+        if name != "store":
+            ratios = [took[name] / took["store"] for took in rounds[1:]]
+            facts[name] |= {"ratio": statistics.median(ratios)}
+            facts[name] |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
+    return facts
+
+
+def library_of(tokenizer: Tokenizer, folder: Path) -> Callable[[list[str]], Any]:
+    """What encodes texts with the tokenizer's library alone, on all cores that it may use."""
     if tokenizer.kind == "bpe":
         import tokenizers
 
         tokenizer.save(folder / "tokenizer")
         library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-        return lambda: library.encode_batch_fast(pieces, add_special_tokens=False)
+        return partial(library.encode_batch_fast, add_special_tokens=False)
     if tokenizer.kind == "sentencepiece":
         from sentencepiece import SentencePieceProcessor
 
         tokenizer.save(folder / "tokenizer")
         (model,) = (folder / "tokenizer").glob("*.model")
-        processor = SentencePieceProcessor(model_file=str(model))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else -1
-        return lambda: processor.encode(pieces, num_threads=cores)
-    return None
+        return partial(SentencePieceProcessor(model_file=str(model)).encode, num_threads=cores)
+    return list  # bytes need no library
 
 
 def cut(text: bytes) -> Iterator[bytes]:
