@@ -201,7 +201,8 @@ def test_bench_data_measures_what_it_says(folder):
     reading, tokenising = printed["reading"], printed["tokenising"]
     assert (reading["shards"], reading["tokens"]) == (20, 60_000)
     rates = reading["windows_per_second"]["8"]
-    assert all(rates[name] > 1 for name in ("read", "batches", "mixture", "first_read"))
+    assert all(rates[name] > 1 for name in ("read", "batches", "mixture"))
+    assert reading["first_read"] > 1
     assert rates["ratio"] == pytest.approx(rates["mixture"] / rates["batches"], rel=1)
     assert (tokenising["tokenizer"], tokenising["bytes"]) == ("bytes", 210_000)
     assert tokenising["store"]["bytes_per_second"] > 1000 and "library" not in tokenising

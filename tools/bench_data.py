@@ -8,8 +8,8 @@ Prints one JSON line, with one entry for each part; --only chooses among them.
 reading: windows of context-size + 1 tokens a second, at random places of a store of many shards, by
 one process: `read` asks the store alone; `batches` makes whole batches of it, `mixture` of ten
 stores that together have as many shards. The shards are links to a few real ones, so the operating
-system has their files in memory, as after a first epoch; `first_read` is the first round, which
-opens the shards. ratio: mixture to batches of the same round.
+system has their files in memory, as after a first epoch; `first_read` is of a window of each shard,
+which opens them. ratio: mixture to batches of the same round.
 
 tokenising: bytes of text a second: of `store`, from files to a finished store, with all that it
 takes: starting the workers, reading the text twice, checksums, writing. Of `library`, the
@@ -119,7 +119,10 @@ def measure_reading(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     each = max(1, given.shards // NUM_STORES)
     one = linked_store(folder / "one", given.shards, given.shard_tokens)
     ten = [linked_store(folder / str(i), each, given.shard_tokens) for i in range(NUM_STORES)]
-    found = {}
+    starts, found = np.arange(given.shards) * given.shard_tokens, {}
+    first_read = given.shards / seconds_of(lambda: one.read(starts, length, tokenizer.pad))
+    for store in ten:
+        store.read(starts[:each], length, tokenizer.pad)
     for batch_size in given.batch_sizes:
         count = max(1, given.windows // batch_size)
 
@@ -141,12 +144,16 @@ def measure_reading(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for i in range(given.rounds + 1):
             took = {name: seconds_of(partial(run, i)) for name, run in programs.items()}
             rounds.append({name: count * batch_size / value for name, value in took.items()})
-        first, *rounds = rounds
-        facts = {name: statistics.median(one[name] for one in rounds) for name in first}
-        facts["first_read"] = first["read"]
-        facts["ratio"] = statistics.median(one["mixture"] / one["batches"] for one in rounds)
+        rounds = rounds[1:]
+        facts = {name: statistics.median(rates[name] for rates in rounds) for name in programs}
+        facts["ratio"] = statistics.median(rates["mixture"] / rates["batches"] for rates in rounds)
         found[str(batch_size)] = facts
-    return {"shards": given.shards, "tokens": one.num_tokens, "windows_per_second": found}
+    return {
+        "shards": given.shards,
+        "tokens": one.num_tokens,
+        "first_read": first_read,
+        "windows_per_second": found,
+    }
 
 
 # --- tokenising ----------------------------------------------------------------------------------
