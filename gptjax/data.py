@@ -302,10 +302,13 @@ def _read(rows: Rows, windows: Windows) -> np.ndarray:
     length = rows.context_size + 1
     if len(rows.members) == 1:
         return rows.members[0].store.read(windows.start_B, length, rows.pad)
-    tokens = np.empty((len(windows.start_B), length), np.int32)
+    tokens, begun = np.empty((len(windows.start_B), length), np.int32), []
     for i in np.unique(windows.member_B):
-        mine = windows.member_B == i
-        tokens[mine] = rows.members[i].store.read(windows.start_B[mine], length, rows.pad)
+        mine = np.flatnonzero(windows.member_B == i)
+        store = rows.members[i].store
+        begun.append((mine, store.begin_read(windows.start_B[mine], length, rows.pad)))
+    for mine, end_read in begun:
+        tokens[mine] = end_read()
     return tokens
 
 

@@ -45,10 +45,12 @@ from gptjax.tokenizer import Tokenizer
 FORMAT = 2  # of a store; raised when what lies on disk changes its meaning
 FILE_SIZE = 1 << 24  # numbers in a file
 CHUNK_SIZE = 1 << 13  # numbers with a checksum of their own: the least that is read at once
-# Chunks and indices of files kept in memory by an open store. An index has 32 KiB, so all of those
-# of 1e11 tokens fit, and a window costs one read.
-CACHE_BYTES = 256 << 20
-OPEN_ARRAYS = 4096  # arrays of shards kept open by an open store
+# Chunks and indices of files kept in memory by an open store. With reads at random places of 1e11
+# tokens, a file is read again after 6,000 others, of each an index of 32 KiB and a chunk of 16 KiB:
+# where there is room for these, indices stay and a window costs one read.
+CACHE_BYTES = 384 << 20
+OPEN_ARRAYS = 1 << 14  # of shards, kept open by an open store; they are small, and slow to open
+BATCH_WINDOWS = 16  # asked for together; they are read while the next ones are asked for
 BATCH_BYTES = 1 << 20  # of short texts, encoded together
 SHORT_BYTES = 1 << 16  # texts up to this are short
 LISTED = 20  # names that a list of them holds at most
@@ -141,30 +143,45 @@ class Store:
         Raises:
           DataError: if the files have been damaged since they were built.
         """
+        return self.begin_read(starts, length, pad)()
+
+    def begin_read(self, starts: np.ndarray, length: int, pad: int) -> Callable[[], np.ndarray]:
+        """Begin what `read` does; what is returned waits for the end. So several stores are read at
+        once.
+        """
         windows = np.full((len(starts), length), pad, np.int32)
         starts = np.asarray(starts, np.int64)
         stops = np.minimum(starts + length, self.num_tokens)
         shards = self._shard_of(starts)
         last = self._shard_of(np.maximum(stops - 1, 0))
         arrays = self._arrays("tokens", {*shards.tolist(), *last.tolist()})
-        bounds, parts = self._first_token.tolist(), []
+        each, bounds, parts = range(len(starts)), self._first_token.tolist(), []
+        starts, stops, shards = starts.tolist(), stops.tolist(), shards.tolist()
+
+        def ask(i: int, batch: ts.Batch) -> None:
+            start, shard, column = starts[i], shards[i], 0
+            while start < stops[i]:
+                until = min(stops[i], bounds[shard + 1])
+                if shard not in arrays:  # only a window wider than a shard comes here
+                    arrays.update(self._arrays("tokens", {shard}))
+                place = slice(start - bounds[shard], until - bounds[shard])
+                read = arrays[shard][place].read(batch=batch)
+                parts.append((windows[i, column : column + until - start], read))
+                column, start, shard = column + until - start, until, shard + 1
+
         with self._reading():
-            with ts.Batch() as batch:  # windows of one chunk share its reading
-                for window, start, stop, shard in zip(
-                    windows, starts.tolist(), stops.tolist(), shards.tolist(), strict=True
-                ):
-                    column = 0
-                    while start < stop:
-                        until = min(stop, bounds[shard + 1])
-                        if shard not in arrays:  # only a window wider than a shard comes here
-                            arrays |= self._arrays("tokens", {shard})
-                        place = slice(start - bounds[shard], until - bounds[shard])
-                        read = arrays[shard][place].read(batch=batch)
-                        parts.append((window[column : column + until - start], read))
-                        column, start, shard = column + until - start, until, shard + 1
-            for part, read in parts:
-                part[:] = read.result()
-        return windows
+            for first in each[::BATCH_WINDOWS]:
+                with ts.Batch() as batch:  # windows of one chunk share its reading
+                    for i in each[first : first + BATCH_WINDOWS]:
+                        ask(i, batch)
+
+        def end_read() -> np.ndarray:
+            with self._reading():
+                for part, read in parts:
+                    part[:] = read.result()
+            return windows
+
+        return end_read
 
     def documents(self, positions: np.ndarray) -> np.ndarray:
         """The number of the document that each token lies in, int64 [len(positions)].

@@ -178,3 +178,63 @@ def test_a_peer_that_cannot_be_is_refused_with_all_reasons():
     for text in ("nanogpt", "transformers=folder", "other"):
         with pytest.raises(ConfigError, match="give transformers, or nanogpt=FOLDER"):
             peer_of(text, SIZES["tiny"])
+
+
+# --- bench_data ----------------------------------------------------------------------------------
+
+
+def run_data(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(REPOSITORY / "tools" / "bench_data.py"), *arguments]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True)
+
+
+SMALL = "--shards 20 --shard-tokens 3000 --context-size 64 --batch-sizes 8 --windows 32 --rounds 2"
+
+
+def test_bench_data_measures_what_it_says(folder):
+    (folder / "text.txt").write_text("some words of a text\n" * 10_000)
+    words = f"{SMALL} --text text.txt --memory-bytes 3000000 --folder {folder} --workers 1".split()
+    done = run_data(folder, *words)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    printed = json.loads(line)
+    reading, tokenising = printed["reading"], printed["tokenising"]
+    assert (reading["shards"], reading["tokens"]) == (20, 60_000)
+    rates = reading["windows_per_second"]["8"]
+    assert all(rates[name] > 1 for name in ("read", "batches", "mixture"))
+    assert reading["first_read"] > 1
+    assert rates["ratio"] == pytest.approx(rates["mixture"] / rates["batches"], rel=1)
+    assert (tokenising["tokenizer"], tokenising["bytes"]) == ("bytes", 210_000)
+    assert tokenising["store"]["bytes_per_second"] > 1000 and "library" not in tokenising
+    assert printed["opening"]["tokens"] > 1e11 and 0 < printed["opening"]["open_seconds"] < 1
+    memory = printed["memory"]
+    assert memory["large"]["bytes"] == pytest.approx(3e6, rel=0.1)
+    assert 5e7 < memory["small"]["peak_bytes"] < 5e9
+    assert sorted(path.name for path in folder.iterdir()) == ["small.py", "text.txt"]
+
+
+def test_bench_data_needs_a_text_for_some_parts(folder):
+    done = run_data(folder, "--only", "opening", "memory")
+    assert done.returncode == 2 and "give a --text to tokenise, or --only reading" in done.stderr
+    done = run_data(folder, "--only", "tokenising", "--text", "text.tx")
+    assert done.returncode == 2 and "Did you mean 'text.txt'?" in done.stderr
+
+
+@pytest.mark.parametrize("text", [b"", b"short", b"words of a text " * 5000, b"\n" * 9000])
+def test_pieces_for_a_library_are_the_text(text):
+    from bench_data import PIECE_BYTES, cut
+
+    pieces = list(cut(text))
+    assert b"".join(pieces) == text
+    assert all(len(piece) >= PIECE_BYTES for piece in pieces[:-1])
+    assert all(len(piece) < 2 * PIECE_BYTES for piece in pieces)
+
+
+def test_linked_shards_are_a_store(tmp_path):
+    from bench_data import linked_store
+
+    store = linked_store(tmp_path, 19, 500)
+    windows = store.read(np.arange(19) * 500, 500, 0)
+    assert store.num_tokens == 19 * 500
+    np.testing.assert_array_equal(windows[:8], windows[8:16])
+    assert len({window.tobytes() for window in windows}) == 8
