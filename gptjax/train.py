@@ -99,6 +99,18 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.tree.map(place, shapes, is_leaf=lambda node: jax.tree.structure(node) == like_params)
 
 
+def jit_init_state(config: Config, mesh: Mesh) -> Callable[[jax.Array], TrainState]:
+    """A compiled function of a key: the state before the first step, made where it is to lie."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    # It runs once, so a CPU need not optimise it: that takes four times as long as the rest.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jax.jit(
+        functools.partial(init_state, config),
+        out_shardings=shardings,
+        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
+    )
+
+
 def train_step(
     state: TrainState, batch: Batch, config: Config
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -511,20 +523,11 @@ class _Run:
 
     def start(self) -> TrainState:
         """The state of the newest checkpoint, or a fresh one."""
-        like = abstract_state(self.config, self.mesh)
         if self.checkpoints.latest() is not None:
-            state = self.checkpoints.restore(like)
+            state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
             self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
             return state
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-        # It runs once, so a CPU need not optimise it: that takes four times as long as the rest.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        init = jax.jit(
-            functools.partial(init_state, self.config),
-            out_shardings=shardings,
-            compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
-        )
-        return init(jax.random.key(self.config.seed))
+        return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
 
     def train(self, state: TrainState, start: int, rows: Rows, step_fn: Callable) -> TrainState:
         """All steps from `start` on. Metrics of a step are fetched once the next is dispatched, so

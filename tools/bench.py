@@ -82,14 +82,12 @@ def make_gptjax(config: Config, started: float) -> Program:
     from gptjax.metrics import peak_flops
     from gptjax.model import resolve
     from gptjax.sharding import make_mesh, to_devices
-    from gptjax.train import abstract_state, init_state, jit_train_step
+    from gptjax.train import jit_init_state, jit_train_step
 
     jax.config.update("jax_enable_compilation_cache", False)
     check(config, jax.device_count())
     mesh = make_mesh(config.mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    init = jax.jit(functools.partial(init_state, config), out_shardings=shardings)
-    state = init(jax.random.key(config.seed))
+    state = jit_init_state(config, mesh)(jax.random.key(config.seed))
     tokens_BT, targets_BT = random_tokens(config)
     one_BT, (_, place_BT) = np.ones_like(tokens_BT), np.indices(tokens_BT.shape, np.int32)
     rows = Batch(tokens_BT, targets_BT, one_BT.astype(np.float32), one_BT, place_BT)
