@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.cli import HUGE_PAGES, parse
+from gptjax.cli import parse
 from gptjax.config import GPT2, Config, ConfigError, GPTConfig, check, load_experiment, refuse
 from gptjax.tokenizer import make_tokenizer
 
@@ -255,7 +255,6 @@ def measure(programs: dict[str, Callable[..., Program]], num_rounds: int) -> dic
       RuntimeError: if a program fails.
     """
     context, connections = multiprocessing.get_context("spawn"), {}
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
 
     def answer(name: str) -> Any:
         try:
@@ -271,8 +270,6 @@ def measure(programs: dict[str, Callable[..., Program]], num_rounds: int) -> dic
         return answer(name)
 
     for name, make in programs.items():
-        # What `gptjax train` sets for itself; a peer runs as its users run it.
-        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES if name == "gptjax" else tunables
         connections[name], there = context.Pipe()
         context.Process(target=work, args=(there, make, time.time()), daemon=True).start()
         there.close()

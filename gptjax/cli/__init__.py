@@ -17,7 +17,6 @@ from gptjax.cli.arguments import parse
 from gptjax.cli.corpora import Prepare, prepare
 from gptjax.cli.ledger import Data, data
 from gptjax.cli.runs import (
-    HUGE_PAGES,
     Generate,
     Inspect,
     Predict,
@@ -37,7 +36,7 @@ from gptjax.cli.tokenizers import (
 )
 from gptjax.config import ConfigError, did_you_mean, load_experiment, refuse
 
-__all__ = ["BUG", "HUGE_PAGES", "VERBS", "explain", "main", "parse", "run_verb"]
+__all__ = ["BUG", "VERBS", "explain", "main", "parse", "run_verb"]
 
 # By name, because their files import JAX, and a bad argument is refused without it.
 EXIT_CODES = {

@@ -1,9 +1,6 @@
 """The verbs of a run: `gptjax train | generate | predict | inspect`."""
 
 import dataclasses
-import os
-import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
     from gptjax.config import GPTConfig
     from gptjax.model import Params
     from gptjax.tokenizer import Tokenizer
-
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # as the variable GLIBC_TUNABLES takes it
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,6 @@ class Inspect:
 
 def train(experiment: str, given: Train) -> None:
     """Train, on all devices of all processes."""
-    _use_huge_pages()
     import jax
 
     _join_processes(given)
@@ -102,19 +96,6 @@ def launch_problems(given: Train) -> Iterator[str]:
         yield f"process_id = {given.process_id} of {last + 1} processes: give one from 0 to {last}"
     if not given.coordinator.rpartition(":")[2].isdecimal():
         yield f"coordinator = {given.coordinator!r}: give HOST:PORT, as in 10.0.0.1:1234"
-
-
-def _use_huge_pages() -> None:
-    """Let large arrays lie in huge pages, where the C library is glibc.
-
-    On a CPU, XLA gives a step's memory back after it, and the next step faults on every page of it
-    anew: a tenth of the time of a step, which pages of 2 MiB save. glibc reads the setting only
-    when a process starts, so this one starts again.
-    """
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] == "glibc" and HUGE_PAGES.partition("=")[0] not in given:
-        tunables = ":".join(filter(None, [given, HUGE_PAGES]))
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
 
 
 def _join_processes(given: Train) -> None:
