@@ -9,8 +9,8 @@ import importlib
 _FILE_OF = {
     name: file
     for file, names in {
-        "config": "Config ConfigError DataConfig GPT2 GPT3 GPTConfig MeshConfig MixtureConfig "
-        "OptimizerConfig SampleConfig check from_json load_experiment to_json",
+        "config": "Config ConfigError DataConfig GPT2 GPT3 GPTConfig GuardConfig MeshConfig "
+        "MixtureConfig OptimizerConfig SampleConfig check from_json load_experiment to_json",
         "tokenizer": "BPETokenizer ByteTokenizer SentencePieceTokenizer StreamDecoder Tokenizer "
         "load_tokenizer make_tokenizer train_sentencepiece",
         "sources": "DataError",
@@ -18,9 +18,11 @@ _FILE_OF = {
         "sharding": "make_mesh",
         "attention": "Mask attend",
         "model": "KVCache abstract_params forward init_params param_letters token_losses",
-        "checkpoint": "CheckpointError Checkpoints read_run",
+        "rundir": "CheckpointError read_run",
+        "checkpoint": "Checkpoints",
         "generate": "Sampling next_token_logits stream",
-        "train": "DivergenceError Interrupted TrainState abstract_state fit train_step",
+        "step": "TrainState abstract_state train_step",
+        "train": "DivergenceError Interrupted fit",
     }.items()
     for name in names.split()
 }

@@ -1,6 +1,4 @@
-"""The run directory: config, tokenizer, and checkpoints that are saved while the run goes on.
-
-    RUN/config.json  RUN/tokenizer/  RUN/checkpoints/STEP/  RUN/metrics.jsonl  RUN/tensorboard/
+"""Checkpoints of a run, saved while it goes on and restored onto any mesh.
 
 All contact with Orbax is in this file. Orbax writes and reads one folder; which folders there are
 and which of them count is decided here, from the disk alone. A save is written as `STEP.saving`;
@@ -10,7 +8,6 @@ whole, whenever the process was killed.
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,67 +20,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
-from gptjax.config import Config, ConfigError, did_you_mean, from_json, to_json
-from gptjax.tokenizer import Tokenizer, load_tokenizer
+from gptjax.rundir import CheckpointError, sync
 
 FORMAT = "gptjax-1"
 ITEMS = ("params", "opt_state", "scalars")  # of a step; each can be restored without the others
 SAVE_TIMEOUT = 600  # seconds
 
 State = TypeVar("State", bound=NamedTuple)  # with fields params, opt_state, and any scalar arrays
-
-
-class CheckpointError(ValueError):
-    """A run or checkpoint that is not there, cannot be read, or is not what is asked for."""
-
-
-# --- the run directory ---------------------------------------------------------------------------
-
-
-def save_run(run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Write what later commands need to know of a run, from process 0.
-
-    Raises:
-      OSError: if the folder cannot be written.
-    """
-    if jax.process_index() != 0:
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(run_dir / "tokenizer")
-    new = run_dir / "config.json.new"
-    new.write_text(to_json(config))
-    _sync(new)
-    new.rename(run_dir / "config.json")
-    _sync(run_dir)
-
-
-def read_run(run_dir: Path) -> tuple[Config, Tokenizer]:
-    """What `save_run` wrote.
-
-    Raises:
-      CheckpointError: if there is no such folder, it is not of a run, or its config or tokenizer
-        cannot be read.
-    """
-    if not run_dir.is_dir():
-        siblings = [path.name for path in _runs_in(run_dir.parent)]
-        hint = did_you_mean(run_dir.name, siblings)
-        raise CheckpointError(f"{run_dir}: there is no such folder.{hint}")
-    path = run_dir / "config.json"
-    if not path.is_file():
-        runs = ", ".join(map(str, _runs_in(run_dir)))
-        hint = f"give one of {runs}" if runs else "give the folder that `gptjax train` wrote to"
-        raise CheckpointError(f"{run_dir} is not a run directory, it has no config.json: {hint}")
-    try:
-        return from_json(path.read_text()), load_tokenizer(run_dir / "tokenizer")
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{run_dir} cannot be read as a run: {error}") from error
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/config.json"))
-
-
-# --- checkpoints ---------------------------------------------------------------------------------
 
 
 class Stored(NamedTuple):
@@ -259,10 +202,10 @@ class Checkpoints:
     def _commit(self, step: int) -> None:
         new, final = self._saving(step), self._folder / str(step)
         for path in [*new.rglob("*"), new]:
-            _sync(path)
+            sync(path)
         replaced = _set_aside(final, "replaced") if final.exists() else None
         new.rename(final)
-        _sync(self._folder)
+        sync(self._folder)
         if replaced:
             shutil.rmtree(replaced)
 
@@ -294,15 +237,6 @@ def _is_step(name: str) -> bool:
 def _set_aside(folder: Path, ending: str) -> Path:
     """Rename a step that is to go, for what is half removed must not look like one."""
     return folder.rename(folder.with_name(f"{folder.name}.{ending}"))
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- Orbax ---------------------------------------------------------------------------------------

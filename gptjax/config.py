@@ -201,6 +201,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does when its numbers, its storage or one of its processes go wrong."""
+
+    # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
+    max_nonfinite: Count = 5
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """What a finished run prints."""
 
@@ -220,6 +228,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     steps: Count = 1000  # updates of the parameters
     batch_size: Count = 8  # rows of a step, over all devices and accumulated parts
@@ -232,8 +241,6 @@ class Config:
     save_every: Count | None = 1000  # steps between checkpoints; None: only after the last step
     keep_last: Count = 2  # checkpoints kept: the newest ones
     keep_every: Count | None = None  # and those whose step is a multiple of this
-    # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
-    max_nonfinite: Count = 5
     tensorboard: bool = True  # write TensorBoard event files beside metrics.jsonl
 
 

@@ -1,4 +1,4 @@
-"""The state of a run, its step, and its loop."""
+"""A run, from its first step to its last."""
 
 import dataclasses
 import functools
@@ -12,16 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, GPTConfig, check
 from gptjax.corpus import load_corpus
 from gptjax.data import (
@@ -38,19 +36,16 @@ from gptjax.data import (
     write_exclusions,
 )
 from gptjax.evaluate import evaluate, jit_eval_step
+from gptjax.events import Events
+from gptjax.faults import at
 from gptjax.generate import Sampling, generate
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
-from gptjax.model import Params, abstract_params, init_params, param_letters, resolve, weighted_loss
-from gptjax.optim import learning_rate, make_optimizer
-from gptjax.sharding import (
-    constrain_stored,
-    in_use,
-    local_rows,
-    make_mesh,
-    replicated,
-    to_devices,
-)
+from gptjax.model import Params, abstract_params, resolve
+from gptjax.resume import begun, refuse_another_run
+from gptjax.rundir import save_run
+from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.sources import DataError
+from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state
 from gptjax.store import Store
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
@@ -63,172 +58,6 @@ class Interrupted(RuntimeError):
     """The run was asked to stop, and its last step is saved: the same command goes on from
     there.
     """
-
-
-class TrainState(NamedTuple):
-    """All that a step needs besides the batch."""
-
-    step: jax.Array  # batches seen, int32
-    params: Params
-    opt_state: Any
-    skipped: jax.Array  # updates skipped in a row up to now, int32
-
-
-def init_state(config: Config, key: jax.Array) -> TrainState:
-    """The state before the first step."""
-    params = init_params(config.model, key)
-    opt_state = make_optimizer(config.optimizer, param_letters(config.model)).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
-
-
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state on a mesh; nothing is allocated.
-
-    Moments lie as their parameters do; everything else is on every device.
-    """
-    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    params = abstract_params(config.model, mesh)
-    everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
-    like_params = jax.tree.structure(params)
-
-    def place(node: Any) -> Any:
-        if jax.tree.structure(node) == like_params:
-            return params
-        return everywhere(node.shape, node.dtype)
-
-    return jax.tree.map(place, shapes, is_leaf=lambda node: jax.tree.structure(node) == like_params)
-
-
-def jit_init_state(config: Config, mesh: Mesh) -> Callable[[jax.Array], TrainState]:
-    """A compiled function of a key: the state before the first step, made where it is to lie."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    # It runs once, so a CPU need not optimise it: that takes four times as long as the rest.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(
-        functools.partial(init_state, config),
-        out_shardings=shardings,
-        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
-    )
-
-
-def train_step(
-    state: TrainState, batch: Batch, config: Config
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update from one global batch.
-
-    The loss is the sum of weights x losses over the whole batch divided once by the sum of its
-    weights, so devices, processes and accumulated parts make no difference. An update whose loss or
-    gradient is not finite is skipped: the parameters and the optimizer's state stay as they are,
-    bit for bit, on every device.
-
-    Returns:
-      the next state, and scalars under the names of metrics.jsonl.
-    """
-    letters = param_letters(config.model)
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    loss, grads = loss_and_grads(state.params, batch, config, key)
-    grads = jax.tree.map(constrain_stored, grads, letters)
-    grad_norm = optax.tree.norm(grads)
-    rate = learning_rate(config, state.step)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    direction, opt_state = make_optimizer(config.optimizer, letters).update(
-        grads, state.opt_state, state.params, finite=finite
-    )
-    params = jax.tree.map(
-        lambda value, change: jnp.where(finite, value - rate * change, value),
-        state.params,
-        direction,
-    )
-    skipped = jnp.where(finite, 0, state.skipped + 1)
-    metrics = {
-        "train/loss": loss,
-        "train/grad_norm": grad_norm,
-        "train/learning_rate": rate,
-        "train/skipped": skipped,
-        "data/batch_hash": batch_hash(batch),
-    }
-    return TrainState(state.step + 1, params, opt_state, skipped), metrics
-
-
-def loss_and_grads(
-    params: Params, batch: Batch, config: Config, key: jax.Array
-) -> tuple[jax.Array, Params]:
-    """The mean loss of a batch over its weights, and its gradient, computed in `config.accumulate`
-    parts.
-    """
-    total = batch.weights_BT.sum()
-    weights_BT = batch.weights_BT / jnp.where(total == 0, 1, total)  # a batch of padding alone: 0
-    batch = batch._replace(weights_BT=weights_BT)
-    part_loss = jax.value_and_grad(
-        lambda params, part, key: weighted_loss(params, part, config.model, key=key)
-    )
-    if config.accumulate == 1:
-        return part_loss(params, batch, key=key)
-
-    def add(total: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
-        return jax.tree.map(
-            jnp.add, total, part_loss(params, part[0], key=jax.random.fold_in(key, part[1]))
-        ), None
-
-    # A part takes its rows from every device: rows a, a + A, a + 2A, ... so that none moves.
-    parts = jax.tree.map(
-        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulate)))[0]
-
-
-def batch_hash(batch: Batch) -> jax.Array:
-    """A number that tells two global batches apart, the same on every mesh: uint32 sums do not
-    depend on their order.
-    """
-    B, T = batch.tokens_BT.shape
-    places = jnp.arange(B * T, dtype=jnp.uint32).reshape(B, T)
-    mixed = [
-        (x.astype(jnp.uint32) + jnp.uint32(i)) * ((places * 2 + 1) * jnp.uint32(2654435761 + 2 * i))
-        for i, x in enumerate((batch.tokens_BT, batch.targets_BT, batch.segments_BT))
-    ]
-    return functools.reduce(jnp.add, [x.sum(dtype=jnp.uint32) for x in mixed])
-
-
-def jit_train_step(
-    config: Config, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The compiled step: what `fit` runs and what a plan lowers. It takes the state's memory for
-    the next state.
-    """
-    platform = mesh.devices.flat[0].platform
-    config = replace(config, model=resolve(config.model, platform)[0])
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    batch = Batch(*[in_use(mesh, "BT")] * len(Batch._fields))
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return train_step(state, batch, config)
-
-    return jax.jit(
-        step, in_shardings=(state, batch), out_shardings=(state, replicated(mesh)), donate_argnums=0
-    )
-
-
-def compile_train_step(
-    config: Config, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The step that `jit_train_step` returns, compiled before there is a state or a batch."""
-    sharding = in_use(mesh, "BT")
-    shape = (config.batch_size, config.model.context_size)
-    batch = Batch(
-        *[
-            jax.ShapeDtypeStruct(
-                shape, np.float32 if name == "weights_BT" else np.int32, sharding=sharding
-            )
-            for name in Batch._fields
-        ]
-    )
-    return jit_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()
-
-
-# --- the run -------------------------------------------------------------------------------------
 
 
 def fit(config: Config, run_dir: Path) -> TrainState:
@@ -244,20 +73,21 @@ def fit(config: Config, run_dir: Path) -> TrainState:
     Raises:
       ConfigError, DataError: before anything is compiled or written.
       CheckpointError: if the run directory is of another tokenizer, model, data or seed.
-      DivergenceError: after `config.max_nonfinite` skipped updates in a row.
+      DivergenceError: after `config.guard.max_nonfinite` skipped updates in a row.
       Interrupted: after SIGTERM or SIGINT, once the step is saved.
     """
     tokenizer = make_tokenizer(config.data)
-    before = _begun(run_dir, tokenizer)
+    before = begun(run_dir, tokenizer)
     config = replace(config, model=_with_vocabulary(config.model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     if before:
-        _refuse_another_run(before, config, run_dir)
+        refuse_another_run(before, config, run_dir)
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
     train_rows, valid_splits = load_rows(config, tokenizer)
     check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
+    events = Events(run_dir, jax.process_index())
     with Checkpoints(
         run_dir, keep_last=config.keep_last, keep_every=config.keep_every
     ) as checkpoints:
@@ -278,10 +108,10 @@ def fit(config: Config, run_dir: Path) -> TrainState:
             log.say(_describe(config, mesh, reason, train_rows, valid_splits))
             if exclusions:
                 log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
-            run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log)
+            run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log, events)
             if start < config.steps:
                 with ThreadPoolExecutor(1, "compile") as thread:
-                    compiling = thread.submit(compile_train_step, config, mesh)
+                    compiling = thread.submit(run.compile)
                     state = run.start()  # meanwhile
                     step_fn = compiling.result()
                 state = run.train(state, start, train_rows, step_fn)
@@ -397,82 +227,6 @@ def _left_out(exclusions: tuple[Exclusion, ...]) -> str:
     return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
 
 
-def _begun(run_dir: Path, tokenizer: Tokenizer) -> Config | None:
-    """The config of the run that a folder holds; None if none was begun there.
-
-    Raises:
-      CheckpointError: if its tokenizer is another.
-    """
-    if not (run_dir / "config.json").exists():
-        return None
-    before, kept = read_run(run_dir)
-    if (kept.kind, kept.fingerprint) != (tokenizer.kind, tokenizer.fingerprint):
-        raise CheckpointError(
-            f"{run_dir} holds a run whose tokenizer is of kind {kept.kind!r} with fingerprint "
-            f"{kept.fingerprint}, but data.tokenizer is now of kind {tokenizer.kind!r} with "
-            f"{tokenizer.fingerprint}. Give --data.tokenizer {run_dir / 'tokenizer'}, which the "
-            "run kept, to go on with it, or another --run-dir to begin a new one"
-        )
-    return before
-
-
-# Fields of how, where and how long to compute, not of what. Where the tokenizer lies is one.
-CHOICES = {
-    "model": {"attention", "remat", "loss_piece", "compute_dtype"},
-    "data": {
-        "tokenizer",
-        "store_dir",
-        "workers",
-        "prefetch",
-        "tfds_dir",
-        "tfds_prepare",
-        "max_epochs",
-        "skip",
-    },
-}
-
-
-def _refuse_another_run(before: Config, config: Config, run_dir: Path) -> None:
-    """Refuse to go on with a run whose numbers another config began."""
-    pairs = [
-        ("seed", before.seed, config.seed),
-        ("batch_size", before.batch_size, config.batch_size),
-    ]
-    for part, choices in CHOICES.items():
-        old, new = getattr(before, part), getattr(config, part)
-        names = {field.name for field in dataclasses.fields(old)} - choices - {"mixture"}
-        pairs += [
-            (f"{part}.{name}", getattr(old, name), getattr(new, name)) for name in sorted(names)
-        ]
-    mixtures = [
-        tuple(replace(one, max_epochs=None) for one in given.data.mixture)
-        for given in (before, config)
-    ]
-    pairs.append(("data.mixture", *mixtures))
-    step = Checkpoints(run_dir).latest() or 0
-    changes = [f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs if old != new]
-    skips = [_passed_over(given.data.skip, step) for given in (before, config)]
-    if skips[0] != skips[1]:
-        changes.append(
-            f"data.skip up to step {step:,}, which is saved, was {skips[0]} and is now {skips[1]}"
-        )
-    if changes:
-        raise CheckpointError(
-            f"{run_dir} holds a run of another config: {'; '.join(changes)}. "
-            "Give those values again to go on with it, or another --run-dir to begin a new one"
-        )
-
-
-def _passed_over(skip: tuple[tuple[int, int], ...], step: int) -> tuple[tuple[int, int], ...]:
-    """The ranges that the first steps have met."""
-    met, passed = [], 0
-    for first, last in skip:
-        if first - passed <= step:
-            met.append((first, last))
-        passed += last - first + 1
-    return tuple(met)
-
-
 def _describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: dict[str, Rows]) -> str:
     """What is about to run, in a few lines."""
     device = mesh.devices.flat[0]
@@ -520,10 +274,18 @@ class _Run:
     valid_splits: dict[str, Rows]
     checkpoints: Checkpoints
     log: Log
+    events: Events
+
+    def compile(self) -> Callable:
+        """The step, compiled."""
+        at("compile")
+        with self.events.phase("compile"):
+            return compile_train_step(self.config, self.mesh)
 
     def start(self) -> TrainState:
         """The state of the newest checkpoint, or a fresh one."""
         if self.checkpoints.latest() is not None:
+            at("restore")
             state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
             self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
             return state
@@ -537,6 +299,7 @@ class _Run:
         which = local_rows(self.mesh, config.batch_size)
 
         def make(step: int) -> Batch:
+            at("batch_read")
             return to_devices(self.mesh, batch_at(step, rows, which=which), config.batch_size)
 
         clock = _Clock(config, self.mesh)
@@ -548,6 +311,7 @@ class _Run:
             for step, batch in enumerate(batches, start=start + 1):
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
+                at("step_end")
                 if waiting:
                     self.record(*waiting, clock)
                 waiting = (step, metrics)
@@ -580,7 +344,7 @@ class _Run:
           DivergenceError: if too many updates were skipped in a row.
         """
         metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        if metrics["train/skipped"] >= self.config.max_nonfinite:
+        if metrics["train/skipped"] >= self.config.guard.max_nonfinite:
             raise DivergenceError(
                 f"the loss or its gradient was not finite for {metrics['train/skipped']} steps "
                 f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
@@ -599,6 +363,7 @@ class _Run:
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """The loss on the validation split, or on as much of it as the config says."""
+        at("evaluate")
         splits, most = self.valid_splits, self.config.eval_batches
         return evaluate(params, splits, self.eval_step, self.mesh, max_batches=most)
 

@@ -9,7 +9,7 @@ from gptjax.config import Config, GPTConfig, OptimizerConfig
 from gptjax.data import Batch
 from gptjax.model import init_params
 from gptjax.sharding import make_mesh, to_devices
-from gptjax.train import TrainState, abstract_state, init_state, jit_train_step
+from gptjax.step import TrainState, abstract_state, init_state, jit_train_step
 
 PLAIN = GPTConfig(
     vocab_size=61,

@@ -19,8 +19,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, DataConfig
+from gptjax.rundir import CheckpointError, read_run, save_run
 from gptjax.tokenizer import make_tokenizer
 
 LAYOUT = {"tokens": ("tensor", "fsdp"), "up": (None, "fsdp", "tensor"), "scale": ("fsdp",)}

@@ -17,11 +17,13 @@ import pytest
 from conftest import REPOSITORY
 
 from gptjax import cli
-from gptjax.checkpoint import CheckpointError, Checkpoints, save_run
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, DataConfig, GPTConfig
+from gptjax.rundir import CheckpointError, save_run
 from gptjax.sources import DataError
+from gptjax.step import init_state
 from gptjax.tokenizer import ByteTokenizer
-from gptjax.train import DivergenceError, Interrupted, init_state
+from gptjax.train import DivergenceError, Interrupted
 
 # Runs the command line, and says at the end whether JAX was imported.
 PROGRAM = """

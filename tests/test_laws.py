@@ -21,7 +21,7 @@ from gptjax.model import (
     weighted_loss,
 )
 from gptjax.sharding import make_mesh, to_devices
-from gptjax.train import abstract_state, jit_train_step, loss_and_grads
+from gptjax.step import abstract_state, jit_train_step, loss_and_grads
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)

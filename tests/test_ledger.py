@@ -13,7 +13,6 @@ import pytest
 from small import PLAIN, fresh
 
 from gptjax import cli
-from gptjax.checkpoint import CheckpointError, read_run
 from gptjax.config import (
     Config,
     DataConfig,
@@ -35,10 +34,12 @@ from gptjax.data import (
 from gptjax.evaluate import document_losses
 from gptjax.metrics import read_metrics
 from gptjax.model import token_losses
+from gptjax.rundir import CheckpointError, read_run
 from gptjax.sources import DataError
+from gptjax.step import batch_hash
 from gptjax.store import build_store
 from gptjax.tokenizer import ByteTokenizer
-from gptjax.train import batch_hash, fit, load_rows
+from gptjax.train import fit, load_rows
 
 TOKENIZER = ByteTokenizer()
 END, PAD = TOKENIZER.end, TOKENIZER.pad

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from small import PLAIN
 
-from gptjax.checkpoint import CheckpointError, Checkpoints, read_run, save_run
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
 from gptjax.metrics import read_metrics
 from gptjax.model import abstract_params
+from gptjax.rundir import CheckpointError, read_run, save_run
 from gptjax.sharding import make_mesh
 from gptjax.sources import DataError
 from gptjax.tokenizer import make_tokenizer, train_sentencepiece

@@ -82,7 +82,7 @@ def make_gptjax(config: Config, started: float) -> Program:
     from gptjax.metrics import peak_flops
     from gptjax.model import resolve
     from gptjax.sharding import make_mesh, to_devices
-    from gptjax.train import jit_init_state, jit_train_step
+    from gptjax.step import jit_init_state, jit_train_step
 
     jax.config.update("jax_enable_compilation_cache", False)
     check(config, jax.device_count())

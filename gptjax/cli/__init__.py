@@ -35,6 +35,7 @@ from gptjax.cli.tokenizers import (
     train_tokenizer,
 )
 from gptjax.config import ConfigError, did_you_mean, load_experiment, refuse
+from gptjax.faults import arm
 
 __all__ = ["BUG", "VERBS", "explain", "main", "parse", "run_verb"]
 
@@ -90,6 +91,7 @@ def main() -> int:
     log = logging.getLogger("gptjax")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
+    arm(os.environ.get("GPTJAX_FAULT", ""))
     try:
         run_verb(arguments)
         return 0

@@ -37,11 +37,13 @@ def data(run_dir: str, given: Data) -> None:
 
     if not given.blame:
         jax.config.update("jax_platforms", "cpu")
-    from gptjax.checkpoint import Checkpoints, read_run
+    from gptjax.checkpoint import Checkpoints
     from gptjax.data import Batch, batch_at, exclude, passages_at, read_exclusions, write_exclusions
     from gptjax.evaluate import document_losses
     from gptjax.metrics import read_metrics
-    from gptjax.train import batch_hash, load_rows
+    from gptjax.rundir import read_run
+    from gptjax.step import batch_hash
+    from gptjax.train import load_rows
 
     run = Path(run_dir)
     config, tokenizer = read_run(run)

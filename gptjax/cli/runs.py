@@ -185,8 +185,9 @@ def inspect(run_dir: str, given: Inspect) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from gptjax.checkpoint import Checkpoints, read_run
+    from gptjax.checkpoint import Checkpoints
     from gptjax.model import param_letters
+    from gptjax.rundir import read_run
 
     config, _ = read_run(Path(run_dir))
     checkpoints = Checkpoints(Path(run_dir))
@@ -225,8 +226,9 @@ def load_model(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "
     """The parameters of a checkpoint on one device, with their model and tokenizer."""
     import jax
 
-    from gptjax.checkpoint import Checkpoints, read_run
+    from gptjax.checkpoint import Checkpoints
     from gptjax.model import abstract_params, resolve
+    from gptjax.rundir import read_run
     from gptjax.sharding import make_mesh
 
     config, tokenizer = read_run(Path(run_dir))
