@@ -206,6 +206,13 @@ class GuardConfig:
 
     # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
     max_nonfinite: Count = 5
+    # seconds that a step may take, with the wait for its data, before the run is taken to be stuck
+    # and ends with the stacks of its threads; None: any time
+    step_seconds: Positive | None = 600.0
+    # the same of a batch of an evaluation, the first of which is compiled
+    evaluate_seconds: Positive | None = 1800.0
+    start_seconds: Positive | None = 7200.0  # of the start: to compile and to restore
+    save_seconds: Positive | None = 1800.0  # of the wait for a checkpoint to be on the disk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ import itertools
 import json
 import math
 import os
+import queue
+import threading
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +26,8 @@ from gptjax.sources import DataError
 from gptjax.store import DocumentInfo, Store
 
 Item = TypeVar("Item")
+
+CLOSE_SECONDS = 5  # that the end of `prefetch` waits for an item which is being made
 
 
 class Batch(NamedTuple):
@@ -373,25 +375,54 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ bits >> 31
 
 
-def prefetch(make: Callable[[int], Item], start: int, stop: int, ahead: int) -> Iterator[Item]:
+def prefetch(
+    make: Callable[[int], Item],
+    start: int,
+    stop: int,
+    ahead: int,
+    request: Future[None] | None = None,
+) -> Iterator[Item]:
     """make(start) ... make(stop - 1) in order, up to `ahead` of them made before they are wanted.
 
     They are made on one other thread, or with ahead = 0 on the caller's. An exception comes out at
-    its item. Closing the iterator ends the thread once the item in hand is made.
+    its item. Closing the iterator ends the thread once the item in hand is made. When `request` is
+    done, the items end, even if the next one never comes.
     """
     if ahead == 0:
         yield from map(make, range(start, stop))
         return
-    with ThreadPoolExecutor(1, "prefetch") as pool:
-        steps = iter(range(start, stop))
-        waiting = deque(pool.submit(make, step) for step in islice(steps, ahead))
-        try:
-            while waiting:
-                item = waiting.popleft().result()
-                waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
-                yield item
-        finally:
-            pool.shutdown(cancel_futures=True)
+    room, made = threading.Semaphore(ahead), queue.SimpleQueue()
+    closed = threading.Event()
+
+    def work() -> None:
+        for step in range(start, stop):
+            room.acquire()
+            if closed.is_set():
+                return
+            try:
+                made.put((make(step), None))
+            except BaseException as error:
+                made.put((None, error))
+                return
+        made.put(None)
+
+    # A daemon, for an item that never comes must not keep the process from its end.
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    if request:
+        request.add_done_callback(lambda _: made.put(None))
+    try:
+        while (item := made.get()) is not None:
+            value, error = item
+            if error:
+                raise error
+            room.release()
+            yield value
+    finally:
+        closed.set()
+        room.release()
+        stalled = request is not None and request.done()
+        thread.join(timeout=CLOSE_SECONDS / 20 if stalled else CLOSE_SECONDS)
 
 
 # --- the documents behind a batch ----------------------------------------------------------------

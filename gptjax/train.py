@@ -3,16 +3,15 @@
 import dataclasses
 import functools
 import re
-import signal
 import statistics
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +34,7 @@ from gptjax.data import (
     read_exclusions,
     write_exclusions,
 )
+from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
@@ -42,22 +42,18 @@ from gptjax.generate import Sampling, generate
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
 from gptjax.model import Params, abstract_params, resolve
 from gptjax.resume import begun, refuse_another_run
-from gptjax.rundir import save_run
+from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.sources import DataError
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state
+from gptjax.stop import Interrupted, Leaving, Stop
 from gptjax.store import Store
 from gptjax.tokenizer import Tokenizer, make_tokenizer
+from gptjax.watchdog import Watchdog
 
 
 class DivergenceError(RuntimeError):
     """Updates were skipped too many times in a row, for losses or gradients that are not finite."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop, and its last step is saved: the same command goes on from
-    there.
-    """
 
 
 def fit(config: Config, run_dir: Path) -> TrainState:
@@ -72,10 +68,68 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       the state after the last step.
     Raises:
       ConfigError, DataError: before anything is compiled or written.
+      BusyError: if another run is in the run directory; nothing is changed there.
       CheckpointError: if the run directory is of another tokenizer, model, data or seed.
       DivergenceError: after `config.guard.max_nonfinite` skipped updates in a row.
-      Interrupted: after SIGTERM or SIGINT, once the step is saved.
+      Interrupted: after SIGTERM or SIGINT, once the step is saved. Before the first step, and
+        while the final sample is made, a signal ends the process at once, with code 75. Signals are
+        heard if this is the main thread.
     """
+    events = Events(run_dir, jax.process_index())
+    alone = jax.process_count() == 1
+    with (
+        Leaving(events) as leave,
+        Stop(leave, alone=alone) as stop,
+        Watchdog(config.guard, stop, leave) as watchdog,
+        _alone_in(run_dir, leave),
+        _told(events),
+        watchdog.telling(),
+    ):
+        return _fit(config, run_dir, events, stop, watchdog)
+
+
+@contextmanager
+def _alone_in(run_dir: Path, leave: Leaving) -> Iterator[None]:
+    """The run directory is this run's alone, or else every process of the run refuses it."""
+    count, refusal = jax.process_count(), None
+    lock = RunLock(
+        run_dir,
+        num_processes=count,
+        say=lambda text: print(text, file=sys.stderr),
+        lost=functools.partial(leave, EXIT_CODES["BusyError"]),
+    )
+    with ExitStack() as opened:
+        if jax.process_index() == 0:
+            try:
+                opened.enter_context(lock)
+                leave.after(lock.release)
+            except BusyError as error:
+                refusal = error
+        if count > 1:
+            text = str(refusal or "").encode()[:1024].ljust(1024)
+            told = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+            if words := bytes(told).decode(errors="replace").strip():
+                refusal = BusyError(words)
+        if refusal:
+            raise refusal
+        yield
+
+
+@contextmanager
+def _told(events: Events) -> Iterator[None]:
+    """What ends the run stands among the events too."""
+    try:
+        yield
+    except BaseException as error:
+        code, message = explain(error)
+        events.write("stop" if code in NO_ERRORS else "error", code=code, message=message)
+        raise
+
+
+def _fit(
+    config: Config, run_dir: Path, events: Events, stop: Stop, watchdog: Watchdog
+) -> TrainState:
+    """As `fit`, in a run directory that is this run's alone."""
     tokenizer = make_tokenizer(config.data)
     before = begun(run_dir, tokenizer)
     config = replace(config, model=_with_vocabulary(config.model, tokenizer))
@@ -87,7 +141,6 @@ def fit(config: Config, run_dir: Path) -> TrainState:
     train_rows, valid_splits = load_rows(config, tokenizer)
     check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
-    events = Events(run_dir, jax.process_index())
     with Checkpoints(
         run_dir, keep_last=config.keep_last, keep_every=config.keep_every
     ) as checkpoints:
@@ -108,16 +161,23 @@ def fit(config: Config, run_dir: Path) -> TrainState:
             log.say(_describe(config, mesh, reason, train_rows, valid_splits))
             if exclusions:
                 log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
-            run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log, events)
-            if start < config.steps:
-                with ThreadPoolExecutor(1, "compile") as thread:
-                    compiling = thread.submit(run.compile)
-                    state = run.start()  # meanwhile
-                    step_fn = compiling.result()
-                state = run.train(state, start, train_rows, step_fn)
-            else:
-                state = run.start()
-            run.finish(state, run_dir)
+            run = _Run(
+                config, mesh, tokenizer, valid_splits, checkpoints, log, events, stop, watchdog
+            )
+            with watchdog.telling():
+                if start < config.steps:
+                    with watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
+                        compiling = thread.submit(run.compile)
+                        state = run.start()  # meanwhile
+                        step_fn = compiling.result()
+                    run.evaluate_late(state.params, start, run_dir)
+                    state = run.train(state, start, train_rows, step_fn)
+                else:
+                    with watchdog.phase("start"):
+                        state = run.start()
+                    run.evaluate_late(state.params, start, run_dir)
+                stop.all_is_saved()
+                run.finish(state, run_dir)
     return state
 
 
@@ -275,6 +335,8 @@ class _Run:
     checkpoints: Checkpoints
     log: Log
     events: Events
+    stop: Stop
+    watchdog: Watchdog
 
     def compile(self) -> Callable:
         """The step, compiled."""
@@ -303,37 +365,50 @@ class _Run:
             return to_devices(self.mesh, batch_at(step, rows, which=which), config.batch_size)
 
         clock = _Clock(config, self.mesh)
+        ahead, request = config.data.prefetch, self.stop.request
+        step, saved, waiting = start, start, None
         with (
-            _stop_requests() as stop_requested,
-            closing(prefetch(make, start, config.steps, config.data.prefetch)) as batches,
+            self.watchdog.phase("step"),
+            closing(prefetch(make, start, config.steps, ahead, request)) as batches,
         ):
-            waiting = None
-            for step, batch in enumerate(batches, start=start + 1):
+            for batch in batches:
+                if not self.stop.begin():
+                    break
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
+                step += 1
                 at("step_end")
                 if waiting:
                     self.record(*waiting, clock)
                 waiting = (step, metrics)
                 log.advance(step)
-                stop = stop_requested(step)
                 last = step == config.steps
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
-                saves = stop or last or _due(step, config.save_every)
+                saves = last or _due(step, config.save_every)
                 if evaluates or saves:  # before the next step takes the state's memory
                     self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
                     if saves:
-                        self.checkpoints.save(step, state)
+                        self.save(saved := step, state)
                     clock.restart(step)
                 self.checkpoints.poll()
-                if stop and step < config.steps:
-                    self.checkpoints.wait()
-                    raise Interrupted(
-                        f"by a signal after step {step:,}, which is saved: the same command goes on"
-                    )
-        self.checkpoints.wait()
+        if waiting:
+            self.record(*waiting, clock)
+        if step > saved:
+            self.save(step, state)
+        with self.watchdog.phase("save"):
+            self.checkpoints.wait()
+        if step < config.steps:
+            raise Interrupted(
+                f"by {self.stop.asked} after step {step:,}, which is saved: "
+                "the same command goes on"
+            )
         return state
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begin to save; the save before is waited for."""
+        with self.watchdog.phase("save"):
+            self.checkpoints.save(step, state)
 
     def record(
         self, step: int, metrics: dict, clock: "_Clock", evaluated: Params | None = None
@@ -354,18 +429,41 @@ class _Run:
         if evaluated is not None or ends or _due(step, self.config.log_every):
             metrics |= clock.read(step)
             if evaluated is not None:
-                metrics |= self.evaluate(evaluated)
+                metrics |= self.evaluate(evaluated) or {}
             self.log.write(step, metrics)
+
+    def evaluate_late(self, params: Params, step: int, run_dir: Path) -> None:
+        """Evaluate the step that the run begins with, if it was stopped while it did that."""
+        if not self.valid_splits or not (
+            step == self.config.steps or _due(step, self.config.eval_every)
+        ):
+            return
+        lines = read_metrics(run_dir) if jax.process_index() == 0 else []
+        owed = any(line["step"] == step and "eval/loss" not in line for line in lines)
+        if jax.process_count() > 1:
+            owed = bool(multihost_utils.broadcast_one_to_all(np.array(owed)))
+        if owed and (figures := self.evaluate(params)):
+            self.log.amend(step, figures)
 
     @functools.cached_property
     def eval_step(self) -> Callable:
         return jit_eval_step(self.config, self.mesh, self.tokenizer.bytes_per_token)
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """The loss on the validation split, or on as much of it as the config says."""
+    def evaluate(self, params: Params) -> dict[str, float] | None:
+        """The loss on the validation split, or on as much of it as the config says; None if the run
+        is to stop.
+        """
         at("evaluate")
-        splits, most = self.valid_splits, self.config.eval_batches
-        return evaluate(params, splits, self.eval_step, self.mesh, max_batches=most)
+        with self.watchdog.phase("evaluate"):
+            return evaluate(
+                params,
+                self.valid_splits,
+                self.eval_step,
+                self.mesh,
+                max_batches=self.config.eval_batches,
+                begin=self.stop.begin,
+                request=self.stop.request,
+            )
 
     def finish(self, state: TrainState, run_dir: Path) -> None:
         """Say what came of it: a sample, the last figures, and where everything lies."""
@@ -445,32 +543,3 @@ class _Clock:
         seconds = (self.time - since) / (step - before)
         speed = {"perf/step_seconds": seconds, "perf/tokens_per_second": self.tokens / seconds}
         return speed | ({"perf/mfu": self.tokens / seconds / self.most} if self.most else {})
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """A function of the step: whether the run should stop after it, as SIGTERM and SIGINT ask. A
-    second signal ends at once.
-
-    With several processes, jax.distributed watches for SIGTERM in each, and all learn to stop after
-    the same step.
-    """
-    asked = False
-
-    def ask(number: int, _: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def forward(_number: int, _: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
-
-    together = jax.process_count() > 1
-    handlers = {signal.SIGINT: forward} if together else {signal.SIGTERM: ask, signal.SIGINT: ask}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield multihost_utils.reached_preemption_sync_point if together else lambda _: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -15,6 +15,7 @@ PACKAGE = Path(gptjax.__file__).parent
 # The reading order; a folder is one place.
 ORDER = (
     "config",
+    "errors",
     "faults",
     "events",
     "tokenizer",

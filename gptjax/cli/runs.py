@@ -19,6 +19,7 @@ from gptjax.config import (
     check,
     to_json,
 )
+from gptjax.rundir import refuse_busy
 
 if TYPE_CHECKING:
     from gptjax.config import GPTConfig
@@ -74,13 +75,15 @@ class Inspect:
 
 def train(experiment: str, given: Train) -> None:
     """Train, on all devices of all processes."""
+    run_dir = Path(given.run_dir or Path("runs", given.config.name))
+    refuse_busy(run_dir)
     import jax
 
     _join_processes(given)
     check(given.config, jax.device_count())
     from gptjax.train import fit
 
-    fit(given.config, Path(given.run_dir or Path("runs", given.config.name)))
+    fit(given.config, run_dir)
 
 
 def launch_problems(given: Train) -> Iterator[str]:
@@ -99,22 +102,11 @@ def launch_problems(given: Train) -> Iterator[str]:
 
 
 def _join_processes(given: Train) -> None:
-    """Find the other processes of the run, if there are any.
-
-    A process that dies is missed after 20 seconds instead of JAX's 100, and one that fails lets the
-    others go after 10 instead of 300.
-    """
-    import jax
+    """Find the other processes of the run, if there are any."""
+    from gptjax.watchdog import join_processes
 
     try:
-        jax.distributed.initialize(
-            given.coordinator,
-            given.num_processes,
-            given.process_id,
-            initialization_timeout=120,
-            heartbeat_timeout_seconds=20,
-            shutdown_timeout_seconds=10,
-        )
+        join_processes(given.coordinator, given.num_processes, given.process_id)
     except ValueError as error:
         # JAX's words when it was given no address and sees no cluster: this is the only process.
         if "coordinator_address" not in str(error):
