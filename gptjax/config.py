@@ -206,6 +206,8 @@ class GuardConfig:
 
     # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
     max_nonfinite: Count = 5
+    save_retries: Whole = 3  # times that a save is tried again that failed, before the run stops
+    save_backoff: NotNegative = 30.0  # seconds before the first retry; each further one doubles it
 
 
 @dataclass(frozen=True, kw_only=True)

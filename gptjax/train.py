@@ -74,6 +74,8 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       ConfigError, DataError: before anything is compiled or written.
       CheckpointError: if the run directory is of another tokenizer, model, data or seed.
       DivergenceError: after `config.guard.max_nonfinite` skipped updates in a row.
+      NotFiniteError: if a state to be saved is not finite.
+      OSError: if a save failed as often as `config.guard.save_retries` allows, and once more.
       Interrupted: after SIGTERM or SIGINT, once the step is saved.
     """
     tokenizer = make_tokenizer(config.data)
@@ -89,9 +91,14 @@ def fit(config: Config, run_dir: Path) -> TrainState:
     first = jax.process_index() == 0
     events = Events(run_dir, jax.process_index())
     with Checkpoints(
-        run_dir, keep_last=config.keep_last, keep_every=config.keep_every
+        run_dir,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        retries=config.guard.save_retries,
+        backoff=config.guard.save_backoff,
+        events=events,
     ) as checkpoints:
-        start = checkpoints.latest() or 0
+        start = checkpoints.latest_valid() or 0
         exclusions = _take_up(run_dir, start)
         train_rows = exclude(train_rows, exclusions)
         if first:
@@ -112,11 +119,11 @@ def fit(config: Config, run_dir: Path) -> TrainState:
             if start < config.steps:
                 with ThreadPoolExecutor(1, "compile") as thread:
                     compiling = thread.submit(run.compile)
-                    state = run.start()  # meanwhile
+                    state = run.start(start)  # meanwhile
                     step_fn = compiling.result()
                 state = run.train(state, start, train_rows, step_fn)
             else:
-                state = run.start()
+                state = run.start(start)
             run.finish(state, run_dir)
     return state
 
@@ -277,17 +284,18 @@ class _Run:
     events: Events
 
     def compile(self) -> Callable:
-        """The step, compiled."""
+        """The step, compiled; and what saving needs."""
         at("compile")
         with self.events.phase("compile"):
+            self.checkpoints.prepare(abstract_state(self.config, self.mesh))
             return compile_train_step(self.config, self.mesh)
 
-    def start(self) -> TrainState:
-        """The state of the newest checkpoint, or a fresh one."""
-        if self.checkpoints.latest() is not None:
+    def start(self, step: int) -> TrainState:
+        """The state of the checkpoint of a step; 0: a fresh one."""
+        if step:
             at("restore")
-            state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
-            self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
+            state = self.checkpoints.restore(abstract_state(self.config, self.mesh), step)
+            self.log.say(f"resumed    from step {step:,}")
             return state
         return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
 
@@ -319,20 +327,18 @@ class _Run:
                 stop = stop_requested(step)
                 last = step == config.steps
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
-                saves = stop or last or _due(step, config.save_every)
+                again = self.checkpoints.due_again(step)
+                saves = stop or last or again or _due(step, config.save_every)
                 if evaluates or saves:  # before the next step takes the state's memory
                     self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
                     if saves:
-                        self.checkpoints.save(step, state)
+                        self.checkpoints.save(step, state, wait=stop or last)
                     clock.restart(step)
-                self.checkpoints.poll()
                 if stop and step < config.steps:
-                    self.checkpoints.wait()
                     raise Interrupted(
                         f"by a signal after step {step:,}, which is saved: the same command goes on"
                     )
-        self.checkpoints.wait()
         return state
 
     def record(

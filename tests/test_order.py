@@ -33,6 +33,8 @@ ORDER = (
     "optim",
     "rundir",
     "integrity",
+    "arrays",
+    "steps",
     "checkpoint",
     "metrics",
     "generate",

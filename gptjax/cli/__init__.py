@@ -45,6 +45,7 @@ EXIT_CODES = {
     "DataError": 3,
     "CheckpointError": 4,
     "DivergenceError": 5,
+    "NotFiniteError": 5,
     "OSError": 6,
     "Interrupted": 75,
     "KeyboardInterrupt": 130,
