@@ -213,6 +213,8 @@ class GuardConfig:
     evaluate_seconds: Positive | None = 1800.0
     start_seconds: Positive | None = 7200.0  # of the start: to compile and to restore
     save_seconds: Positive | None = 1800.0  # of the wait for a checkpoint to be on the disk
+    save_retries: Whole = 3  # times that a save is tried again that failed, before the run stops
+    save_backoff: NotNegative = 30.0  # seconds before the first retry; each further one doubles it
 
 
 @dataclass(frozen=True, kw_only=True)

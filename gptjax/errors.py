@@ -13,6 +13,7 @@ EXIT_CODES = {
     "DataError": 3,
     "CheckpointError": 4,
     "DivergenceError": 5,
+    "NotFiniteError": 5,
     "OSError": 6,
     "BusyError": 7,
     "Interrupted": 75,

@@ -71,6 +71,8 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       BusyError: if another run is in the run directory; nothing is changed there.
       CheckpointError: if the run directory is of another tokenizer, model, data or seed.
       DivergenceError: after `config.guard.max_nonfinite` skipped updates in a row.
+      NotFiniteError: if a state to be saved is not finite.
+      OSError: if a save failed as often as `config.guard.save_retries` allows, and once more.
       Interrupted: after SIGTERM or SIGINT, once the step is saved. Before the first step, and
         while the final sample is made, a signal ends the process at once, with code 75. Signals are
         heard if this is the main thread.
@@ -142,9 +144,14 @@ def _fit(
     check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
     with Checkpoints(
-        run_dir, keep_last=config.keep_last, keep_every=config.keep_every
+        run_dir,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        retries=config.guard.save_retries,
+        backoff=config.guard.save_backoff,
+        events=events,
     ) as checkpoints:
-        start = checkpoints.latest() or 0
+        start = checkpoints.latest_valid() or 0
         exclusions = _take_up(run_dir, start)
         train_rows = exclude(train_rows, exclusions)
         if first:
@@ -168,13 +175,13 @@ def _fit(
                 if start < config.steps:
                     with watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
                         compiling = thread.submit(run.compile)
-                        state = run.start()  # meanwhile
+                        state = run.start(start)  # meanwhile
                         step_fn = compiling.result()
                     run.evaluate_late(state.params, start, run_dir)
                     state = run.train(state, start, train_rows, step_fn)
                 else:
                     with watchdog.phase("start"):
-                        state = run.start()
+                        state = run.start(start)
                     run.evaluate_late(state.params, start, run_dir)
                 stop.all_is_saved()
                 run.finish(state, run_dir)
@@ -339,17 +346,18 @@ class _Run:
     watchdog: Watchdog
 
     def compile(self) -> Callable:
-        """The step, compiled."""
+        """The step, compiled; and what saving needs."""
         at("compile")
         with self.events.phase("compile"):
+            self.checkpoints.prepare(abstract_state(self.config, self.mesh))
             return compile_train_step(self.config, self.mesh)
 
-    def start(self) -> TrainState:
-        """The state of the newest checkpoint, or a fresh one."""
-        if self.checkpoints.latest() is not None:
+    def start(self, step: int) -> TrainState:
+        """The state of the checkpoint of a step; 0: a fresh one."""
+        if step:
             at("restore")
-            state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
-            self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
+            state = self.checkpoints.restore(abstract_state(self.config, self.mesh), step)
+            self.log.say(f"resumed    from step {step:,}")
             return state
         return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
 
@@ -366,7 +374,7 @@ class _Run:
 
         clock = _Clock(config, self.mesh)
         ahead, request = config.data.prefetch, self.stop.request
-        step, saved, waiting = start, start, None
+        step, waiting = start, None
         with (
             self.watchdog.phase("step"),
             closing(prefetch(make, start, config.steps, ahead, request)) as batches,
@@ -384,20 +392,17 @@ class _Run:
                 log.advance(step)
                 last = step == config.steps
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
-                saves = last or _due(step, config.save_every)
+                due = self.checkpoints.due_again(step) or _due(step, config.save_every)
+                saves = due and not last  # the last one is waited for, below
                 if evaluates or saves:  # before the next step takes the state's memory
                     self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
                     if saves:
-                        self.save(saved := step, state)
+                        self.save(step, state)
                     clock.restart(step)
-                self.checkpoints.poll()
         if waiting:
             self.record(*waiting, clock)
-        if step > saved:
-            self.save(step, state)
-        with self.watchdog.phase("save"):
-            self.checkpoints.wait()
+        self.save(step, state, wait=True)
         if step < config.steps:
             raise Interrupted(
                 f"by {self.stop.asked} after step {step:,}, which is saved: "
@@ -405,10 +410,10 @@ class _Run:
             )
         return state
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Begin to save; the save before is waited for."""
+    def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+        """Begin to save, or wait until it is done."""
         with self.watchdog.phase("save"):
-            self.checkpoints.save(step, state)
+            self.checkpoints.save(step, state, wait=wait)
 
     def record(
         self, step: int, metrics: dict, clock: "_Clock", evaluated: Params | None = None

@@ -91,7 +91,7 @@ def assert_same(left: Any, right: Any) -> None:
 def saved(run_dir: Path, *steps: int, **options: int) -> Checkpoints:
     with Checkpoints(run_dir, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_state(step))
+            checkpoints.save(step, make_state(step), wait=True)
     return Checkpoints(run_dir)
 
 
@@ -176,7 +176,7 @@ def test_a_step_that_is_there_is_replaced(tmp_path):
     saved(tmp_path, 5, 10)
     with Checkpoints(tmp_path) as checkpoints:
         for seed in (1, 2):
-            checkpoints.save(5, make_state(seed))
+            checkpoints.save(5, make_state(seed), wait=True)
     assert checkpoints.steps() == [5, 10]
     assert_same(checkpoints.restore(like_on(mesh_of(fsdp=1), make_state()), 5), make_state(2))
 
@@ -387,7 +387,7 @@ from test_checkpoint import *
 mesh = mesh_of(fsdp=2, tensor=2)
 with Checkpoints(run_dir, keep_last=2) as checkpoints:
     for step in (1, 2, 3):
-        checkpoints.save(step, on(mesh, make_state(step)))
+        checkpoints.save(step, on(mesh, make_state(step)), wait=True)
     checkpoints.wait()
     assert checkpoints.steps() == [2, 3]
     like = like_on(mesh_of(data=2, fsdp=2), make_state())

@@ -34,6 +34,8 @@ ORDER = (
     "optim",
     "rundir",
     "integrity",
+    "arrays",
+    "steps",
     "checkpoint",
     "metrics",
     "generate",
