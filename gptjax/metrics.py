@@ -143,24 +143,28 @@ class Log:
           enabled: False does nothing at all, for processes that have nothing to say.
         """
         self._enabled, self._last = enabled, last_step
-        self._written = first_step - 1
-        self._done, self._began = first_step - 1, None
+        self._run_dir, self._tensorboard = run_dir, tensorboard
         self._shown: dict[str, float] = {}
         self._file = self._events = self._bar = None
-        if not enabled:
+        self._open(first_step)
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True
+            )
+
+    def _open(self, first_step: int) -> None:
+        self._written = first_step - 1
+        self._done, self._began = first_step - 1, None
+        if not self._enabled:
             return
-        path = run_dir / "metrics.jsonl"
+        path = self._run_dir / "metrics.jsonl"
         _forget(path, first_step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
+        if self._tensorboard:
             from tensorboardX import SummaryWriter  # slow: it imports PyTorch where there is one
 
             self._events = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=10
-            )
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True
+                str(self._run_dir / "tensorboard"), purge_step=first_step, flush_secs=10
             )
 
     def __enter__(self) -> Self:
@@ -170,6 +174,16 @@ class Log:
         for part in (self._bar, self._events, self._file):
             if part is not None:
                 part.close()
+
+    def rewind(self, first_step: int) -> None:
+        """Forget the steps from this one on, which are still to be done again."""
+        for part in (self._events, self._file):
+            if part is not None:
+                part.close()
+        self._open(first_step)
+        if self._bar is not None:
+            self._bar.n = first_step - 1
+            self._bar.refresh()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log all metrics of a step at once; steps ascend. Numbers may be scalar arrays."""

@@ -30,6 +30,8 @@ ORDER = (
     "attention",
     "model",
     "pipeline",
+    "guard",
+    "replicas",
     "optim",
     "rundir",
     "integrity",
