@@ -146,22 +146,26 @@ class Log:
           enabled: False does nothing at all, for processes that have nothing to say.
         """
         self._enabled, self._last = enabled, last_step
-        self._written = first_step - 1
-        self._done, self._began = first_step - 1, None
+        self._run_dir, self._tensorboard = run_dir, tensorboard
         self._shown: dict[str, float] = {}
         self._file = self._events = self._bar = None
         self._warned = -math.inf
-        if not enabled:
-            return
-        self._path = run_dir / "metrics.jsonl"
-        _forget(self._path, first_step)
-        self._file = self._path.open("ab", buffering=0)
-        if tensorboard:
-            self._events = _TensorBoard(run_dir / "tensorboard", first_step)
-        if sys.stderr.isatty():
+        self._open(first_step)
+        if enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True
             )
+
+    def _open(self, first_step: int) -> None:
+        self._written = first_step - 1
+        self._done, self._began = first_step - 1, None
+        if not self._enabled:
+            return
+        self._path = self._run_dir / "metrics.jsonl"
+        _forget(self._path, first_step)
+        self._file = self._path.open("ab", buffering=0)
+        if self._tensorboard:
+            self._events = _TensorBoard(self._run_dir / "tensorboard", first_step)
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +175,16 @@ class Log:
             if part is not None:
                 with suppress(OSError):
                     part.close()
+
+    def rewind(self, first_step: int) -> None:
+        """Forget the steps from this one on, which are still to be done again."""
+        for part in (self._events, self._file):
+            if part is not None:
+                part.close()
+        self._open(first_step)
+        if self._bar is not None:
+            self._bar.n = first_step - 1
+            self._bar.refresh()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log all metrics of a step at once; steps ascend. Numbers may be scalar arrays."""

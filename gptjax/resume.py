@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
+from gptjax.data import join_ranges, read_rollbacks
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.tokenizer import Tokenizer
 
@@ -64,7 +65,11 @@ def refuse_another_run(before: Config, config: Config, run_dir: Path) -> None:
     pairs.append(("data.mixture", *mixtures))
     step = Checkpoints(run_dir).latest() or 0
     changes = [f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs if old != new]
-    skips = [_passed_over(given.data.skip, step) for given in (before, config)]
+    went_back = [(one.first, one.last) for one in read_rollbacks(run_dir)]
+    skips = [
+        _passed_over(join_ranges([*given.data.skip, *went_back]), step)
+        for given in (before, config)
+    ]
     if skips[0] != skips[1]:
         changes.append(
             f"data.skip up to step {step:,}, which is saved, was {skips[0]} and is now {skips[1]}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 import statistics
 import sys
@@ -9,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,14 +26,18 @@ from gptjax.data import (
     Batch,
     Exclusion,
     Member,
+    Rollback,
     Rows,
     batch_at,
     check_epochs,
     check_rows,
     exclude,
+    pass_over,
     prefetch,
     read_exclusions,
+    read_rollbacks,
     write_exclusions,
+    write_rollbacks,
 )
 from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
@@ -41,6 +46,7 @@ from gptjax.faults import at
 from gptjax.generate import Sampling, generate
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
 from gptjax.model import Params, abstract_params, resolve
+from gptjax.replicas import Comparer, Comparison, differences, make_comparer
 from gptjax.resume import begun, refuse_another_run
 from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sharding import local_rows, make_mesh, to_devices
@@ -53,7 +59,21 @@ from gptjax.watchdog import Watchdog
 
 
 class DivergenceError(RuntimeError):
-    """Updates were skipped too many times in a row, for losses or gradients that are not finite."""
+    """Updates were skipped too many times in a row, for losses or gradients that are not finite or
+    far too high.
+    """
+
+
+class ReplicaError(DivergenceError):
+    """Copies of the state on different devices are not the same."""
+
+
+class _GoBackError(Exception):
+    """Updates were skipped too many times in a row, and the run may go back."""
+
+    def __init__(self, step: int, skipped: int):
+        """So many up to this step."""
+        self.step, self.skipped = step, skipped
 
 
 def fit(config: Config, run_dir: Path) -> TrainState:
@@ -70,7 +90,9 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       ConfigError, DataError: before anything is compiled or written.
       BusyError: if another run is in the run directory; nothing is changed there.
       CheckpointError: if the run directory is of another tokenizer, model, data or seed.
-      DivergenceError: after `config.guard.max_nonfinite` skipped updates in a row.
+      DivergenceError: after `config.guard.max_nonfinite` updates in a row that are not finite, or
+        one rollback more than `config.guard.max_rollbacks`.
+      ReplicaError: if copies of the state on different devices are no longer the same.
       NotFiniteError: if a state to be saved is not finite.
       OSError: if a save failed as often as `config.guard.save_retries` allows, and once more.
       Interrupted: after SIGTERM or SIGINT, once the step is saved. Before the first step, and
@@ -153,7 +175,8 @@ def _fit(
     ) as checkpoints:
         start = checkpoints.latest_valid() or 0
         exclusions = _take_up(run_dir, start)
-        train_rows = exclude(train_rows, exclusions)
+        rollbacks = read_rollbacks(run_dir)
+        train_rows = pass_over(exclude(train_rows, exclusions), rollbacks)
         if first:
             save_run(run_dir, config, tokenizer)
             if exclusions:
@@ -169,7 +192,18 @@ def _fit(
             if exclusions:
                 log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
             run = _Run(
-                config, mesh, tokenizer, valid_splits, checkpoints, log, events, stop, watchdog
+                config,
+                mesh,
+                tokenizer,
+                train_rows,
+                valid_splits,
+                checkpoints,
+                log,
+                events,
+                stop,
+                watchdog,
+                run_dir,
+                rollbacks,
             )
             with watchdog.telling():
                 if start < config.steps:
@@ -177,12 +211,12 @@ def _fit(
                         compiling = thread.submit(run.compile)
                         state = run.start(start)  # meanwhile
                         step_fn = compiling.result()
-                    run.evaluate_late(state.params, start, run_dir)
-                    state = run.train(state, start, train_rows, step_fn)
+                    run.evaluate_late(state.params, start)
+                    state = run.train_back_and_forth(state, start, step_fn)
                 else:
                     with watchdog.phase("start"):
                         state = run.start(start)
-                    run.evaluate_late(state.params, start, run_dir)
+                    run.evaluate_late(state.params, start)
                 stop.all_is_saved()
                 run.finish(state, run_dir)
     return state
@@ -338,18 +372,25 @@ class _Run:
     config: Config
     mesh: Mesh
     tokenizer: Tokenizer
+    rows: Rows
     valid_splits: dict[str, Rows]
     checkpoints: Checkpoints
     log: Log
     events: Events
     stop: Stop
     watchdog: Watchdog
+    run_dir: Path
+    rollbacks: tuple[Rollback, ...]
+    comparer: Comparer | None = None  # of the state's copies; None: there are none to compare
 
     def compile(self) -> Callable:
-        """The step, compiled; and what saving needs."""
+        """The step, compiled; and what saving and the comparison of copies need."""
         at("compile")
         with self.events.phase("compile"):
-            self.checkpoints.prepare(abstract_state(self.config, self.mesh))
+            state = abstract_state(self.config, self.mesh)
+            self.checkpoints.prepare(state)
+            if self.config.guard.cross_check_every:
+                self.comparer = make_comparer(state, self.mesh)
             return compile_train_step(self.config, self.mesh)
 
     def start(self, step: int) -> TrainState:
@@ -361,20 +402,65 @@ class _Run:
             return state
         return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
 
-    def train(self, state: TrainState, start: int, rows: Rows, step_fn: Callable) -> TrainState:
+    def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
+        """All steps from `start` on, and those after each rollback."""
+        while True:
+            try:
+                return self.train(state, start, step_fn)
+            except _GoBackError as error:
+                step, skipped = error.step, error.skipped
+            del state  # the memory of the next one
+            start = self.roll_back(step, skipped)
+            state = self.start(start)
+
+    def roll_back(self, step: int, skipped: int) -> int:
+        """Record that the batches of the skipped updates up to a step are passed over, and forget
+        what follows the newest checkpoint; its step. All processes do the same.
+
+        Raises:
+          DivergenceError: if the run has gone back as often as it may.
+        """
+        with suppress(OSError):  # a save that failed has been told, and is not needed any more
+            self.checkpoints.wait()
+        start = self.checkpoints.latest_valid() or 0
+        if len(self.rollbacks) >= self.config.guard.max_rollbacks:
+            raise DivergenceError(
+                f"the updates of {skipped} steps in a row were skipped, up to step {step:,}, and "
+                f"the run has gone back {len(self.rollbacks)} times: lower optimizer.learning_rate,"
+                " look at the data with `gptjax data`, or give a larger guard.max_rollbacks; the "
+                f"newest checkpoint, of step {start:,}, is from before"
+            )
+        first = max(step - skipped, start)  # counted from 0; what is saved has passed them already
+        batches = [self.rows.batch_number(one) + 1 for one in (first, step - 1)]
+        rollback = Rollback(first=batches[0], last=batches[1], step=step, to_step=start)
+        self.rollbacks += (rollback,)
+        self.rows = pass_over(self.rows, [rollback])
+        if jax.process_index() == 0:
+            write_rollbacks(self.run_dir, self.rollbacks)
+            self.events.write("rollback", **dataclasses.asdict(rollback))
+        self.log.rewind(start + 1)
+        self.log.say(
+            f"rollback   from step {step:,} to step {start:,}, past batches {batches[0]:,} to "
+            f"{batches[1]:,}, as {self.run_dir / 'rollbacks.json'} lists"
+        )
+        return start
+
+    def train(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on. Metrics of a step are fetched once the next is dispatched, so
         no device waits.
         """
-        config, log = self.config, self.log
+        config, log, rows = self.config, self.log, self.rows
         which = local_rows(self.mesh, config.batch_size)
 
         def make(step: int) -> Batch:
-            at("batch_read")
-            return to_devices(self.mesh, batch_at(step, rows, which=which), config.batch_size)
+            batch = batch_at(step, rows, which=which)
+            if at("batch_read"):
+                batch = batch._replace(weights_BT=np.full_like(batch.weights_BT, np.nan))
+            return to_devices(self.mesh, batch, config.batch_size)
 
         clock = _Clock(config, self.mesh)
         ahead, request = config.data.prefetch, self.stop.request
-        step, waiting = start, None
+        step, waiting, owed = start, None, False
         with (
             self.watchdog.phase("step"),
             closing(prefetch(make, start, config.steps, ahead, request)) as batches,
@@ -388,21 +474,28 @@ class _Run:
                 at("step_end")
                 if waiting:
                     self.record(*waiting, clock)
-                waiting = (step, metrics)
                 log.advance(step)
                 last = step == config.steps
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
-                due = self.checkpoints.due_again(step) or _due(step, config.save_every)
-                saves = due and not last  # the last one is waited for, below
+                owed |= self.checkpoints.due_again(step) or _due(step, config.save_every)
+                saves = owed or last
+                compares = saves or _due(step, config.guard.cross_check_every)
+                comparison = self.comparer.compare(state) if self.comparer and compares else None
+                waiting = (step, metrics, comparison)
                 if evaluates or saves:  # before the next step takes the state's memory
-                    self.record(*waiting, clock, state.params if evaluates else None)
+                    taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
-                    if saves:
+                    # While updates are skipped the newest checkpoint stays one from before.
+                    if owed and taken and not last:  # the last one is waited for, below
                         self.save(step, state)
+                        owed = False
                     clock.restart(step)
         if waiting:
             self.record(*waiting, clock)
-        self.save(step, state, wait=True)
+        if self.comparer and step < config.steps:
+            self.refuse_differences(step, self.comparer.compare(state))
+        if step > start:
+            self.save(step, state, wait=True)
         if step < config.steps:
             raise Interrupted(
                 f"by {self.stop.asked} after step {step:,}, which is saved: "
@@ -416,34 +509,88 @@ class _Run:
             self.checkpoints.save(step, state, wait=wait)
 
     def record(
-        self, step: int, metrics: dict, clock: "_Clock", evaluated: Params | None = None
-    ) -> None:
+        self,
+        step: int,
+        metrics: dict,
+        comparison: Comparison | None,
+        clock: "_Clock",
+        evaluated: Params | None = None,
+    ) -> bool:
         """Log a step if it is due, with the loss on the validation split if given parameters.
 
+        Returns:
+          whether its update was taken.
         Raises:
           DivergenceError: if too many updates were skipped in a row.
+          ReplicaError: if the copies of the state differ.
         """
         metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        if metrics["train/skipped"] >= self.config.guard.max_nonfinite:
-            raise DivergenceError(
-                f"the loss or its gradient was not finite for {metrics['train/skipped']} steps "
-                f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
-                "warm-up, or go on from an earlier checkpoint"
-            )
+        if comparison:
+            self.refuse_differences(step, comparison)
+        taken = not metrics["train/skipped"]
+        if not taken:
+            self.tell_skipped(step, metrics)
         ends = step in (1, self.config.steps)
         if evaluated is not None or ends or _due(step, self.config.log_every):
             metrics |= clock.read(step)
             if evaluated is not None:
                 metrics |= self.evaluate(evaluated) or {}
             self.log.write(step, metrics)
+        return taken
 
-    def evaluate_late(self, params: Params, step: int, run_dir: Path) -> None:
+    def refuse_differences(self, step: int, comparison: Comparison) -> None:
+        """Stop the run if the copies of its state differ, before any of them is saved."""
+        found = differences(comparison, self.comparer)
+        if found:
+            more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ReplicaError(
+                f"the copies of the state on different devices differ after step {step:,}: "
+                f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
+                "Nothing of it is saved: every checkpoint was compared first. Go on from the "
+                f"newest, of step {self.checkpoints.latest() or 0:,}, without that device, by the "
+                "same command; or give --guard.cross_check_every none to compare no more"
+            )
+
+    def tell_skipped(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell that an update was skipped, and of which batch; go back, or stop, if it is one too
+        many.
+        """
+        guard, skipped = self.config.guard, metrics["train/skipped"]
+        loss, grad_norm = metrics["train/loss"], metrics["train/grad_norm"]
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        batch = self.rows.batch_number(step - 1) + 1
+        if jax.process_index() == 0:
+            self.events.write(
+                "spike" if finite else "skipped_update",
+                step=step,
+                batch=batch,
+                batch_hash=metrics["data/batch_hash"],
+                loss=loss if math.isfinite(loss) else None,
+                grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+                in_a_row=skipped,
+            )
+        what = "far above the last ones" if finite else "not finite"
+        self.log.say(
+            f"skipped    the update of step {step:,}, batch {batch:,}: loss {loss:.4g}, norm of "
+            f"the gradient {grad_norm:.4g}, {what}"
+        )
+        if guard.rollback_after and skipped >= guard.rollback_after:
+            raise _GoBackError(step, skipped)
+        if skipped - metrics["train/spikes"] >= guard.max_nonfinite:
+            raise DivergenceError(
+                f"the loss or its gradient was not finite for {skipped} steps "
+                f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
+                "warm-up, or go on from an earlier checkpoint; the newest, of step "
+                f"{self.checkpoints.latest() or 0:,}, is from before"
+            )
+
+    def evaluate_late(self, params: Params, step: int) -> None:
         """Evaluate the step that the run begins with, if it was stopped while it did that."""
         if not self.valid_splits or not (
             step == self.config.steps or _due(step, self.config.eval_every)
         ):
             return
-        lines = read_metrics(run_dir) if jax.process_index() == 0 else []
+        lines = read_metrics(self.run_dir) if jax.process_index() == 0 else []
         owed = any(line["step"] == step and "eval/loss" not in line for line in lines)
         if jax.process_count() > 1:
             owed = bool(multihost_utils.broadcast_one_to_all(np.array(owed)))

@@ -31,6 +31,8 @@ ORDER = (
     "attention",
     "model",
     "pipeline",
+    "guard",
+    "replicas",
     "optim",
     "rundir",
     "integrity",
