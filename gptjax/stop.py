@@ -128,7 +128,7 @@ class Stop:
                 self._end_begun()
             at_once = count == 0 or self._saved
         if at_once:
-            where = "after the last step" if self._saved else "before a step"
+            where = "after the last step" if self._saved else "before the first step"
             self._leave(STOPPED, f"by {self.asked}, {where}: nothing is lost")
 
     def _end_begun(self) -> None:

@@ -243,6 +243,7 @@ def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Row
       DataError: for text or stores that cannot be used.
     """
     if jax.process_index() == 0:
+        at("prepare")
         stores = _load_stores(config, tokenizer, progress=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("stores are built")
@@ -620,6 +621,7 @@ class _Run:
     def finish(self, state: TrainState, run_dir: Path) -> None:
         """Say what came of it: a sample, the last figures, and where everything lies."""
         config, sample = self.config, self.config.sample
+        at("sample")
         if sample.max_tokens:
             prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
             sampling = Sampling(
