@@ -350,14 +350,14 @@ class _Run:
         Raises:
           DivergenceError: if the run has gone back as often as it may.
         """
-        self.checkpoints.wait()
+        safe = self.tell_safe()
         start = self.checkpoints.latest() or 0
         if len(self.rollbacks) >= self.config.guard.max_rollbacks:
             raise DivergenceError(
                 f"the updates of {skipped} steps in a row were skipped, up to step {step:,}, and "
-                f"the run has gone back {len(self.rollbacks)} times: lower optimizer.learning_rate,"
-                " look at the data with `gptjax data`, or give a larger guard.max_rollbacks; the "
-                f"newest checkpoint, of step {start:,}, is from before"
+                f"the run has gone back {len(self.rollbacks)} times; {safe}: lower "
+                "optimizer.learning_rate, look at the data with `gptjax data`, or give a larger "
+                "guard.max_rollbacks"
             )
         first = max(step - skipped, start)  # counted from 0; what is saved has passed them already
         batches = [self.rows.batch_number(one) + 1 for one in (first, step - 1)]
@@ -463,10 +463,17 @@ class _Run:
             raise ReplicaError(
                 f"the copies of the state on different devices differ after step {step:,}: "
                 f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
-                "Nothing of it is saved: every checkpoint was compared first. Go on from the "
-                f"newest, of step {self.checkpoints.latest() or 0:,}, without that device, by the "
-                "same command; or give --guard.cross_check_every none to compare no more"
+                f"Nothing of it is saved, and {self.tell_safe()}: the same command goes on, better "
+                "without that device; --guard.cross_check_every none compares no more"
             )
+
+    def tell_safe(self) -> str:
+        """Which checkpoint is from before what went wrong, once what is being saved is saved."""
+        self.checkpoints.wait()
+        step = self.checkpoints.latest()
+        if step is None:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint, of step {step:,}, is from before"
 
     def tell_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """Tell that an update was skipped, and of which batch; go back, or stop, if it is one too
@@ -497,8 +504,7 @@ class _Run:
             raise DivergenceError(
                 f"the loss or its gradient was not finite for {skipped} steps "
                 f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
-                "warm-up, or go on from an earlier checkpoint; the newest, of step "
-                f"{self.checkpoints.latest() or 0:,}, is from before"
+                f"warm-up, or go on from an earlier checkpoint; {self.tell_safe()}"
             )
 
     @functools.cached_property
