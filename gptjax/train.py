@@ -405,15 +405,14 @@ class _Run:
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
                 owed |= _due(step, config.save_every)
                 saves = stop or last or owed
-                compares = saves or _due(step, config.guard.cross_check_every)
-                comparison = self.comparer.compare(state) if self.comparer and compares else None
-                waiting = (step, metrics, comparison)
+                compares = self.comparer and _due(step, config.guard.cross_check_every)
+                waiting = (step, metrics, self.comparer.compare(state) if compares else None)
                 if evaluates or saves:  # before the next step takes the state's memory
                     taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
                     # While updates are skipped the newest checkpoint stays one from before.
                     if saves and (taken or stop or last):
-                        self.checkpoints.save(step, state)
+                        self.save(step, state)
                         owed = False
                     clock.restart(step)
                 self.checkpoints.poll()
@@ -424,6 +423,12 @@ class _Run:
                     )
         self.checkpoints.wait()
         return state
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begin to save a state whose copies are the same."""
+        if self.comparer:
+            self.refuse_differences(step, self.comparer.compare(state))
+        self.checkpoints.save(step, state)
 
     def record(
         self,
