@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,15 +421,14 @@ class _Run:
         Raises:
           DivergenceError: if the run has gone back as often as it may.
         """
-        with suppress(OSError):  # a save that failed has been told, and is not needed any more
-            self.checkpoints.wait()
+        safe = self.tell_safe()
         start = self.checkpoints.latest_valid() or 0
         if len(self.rollbacks) >= self.config.guard.max_rollbacks:
             raise DivergenceError(
                 f"the updates of {skipped} steps in a row were skipped, up to step {step:,}, and "
-                f"the run has gone back {len(self.rollbacks)} times: lower optimizer.learning_rate,"
-                " look at the data with `gptjax data`, or give a larger guard.max_rollbacks; the "
-                f"newest checkpoint, of step {start:,}, is from before"
+                f"the run has gone back {len(self.rollbacks)} times; {safe}: lower "
+                "optimizer.learning_rate, look at the data with `gptjax data`, or give a larger "
+                "guard.max_rollbacks"
             )
         first = max(step - skipped, start)  # counted from 0; what is saved has passed them already
         batches = [self.rows.batch_number(one) + 1 for one in (first, step - 1)]
@@ -480,9 +479,8 @@ class _Run:
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
                 owed |= self.checkpoints.due_again(step) or _due(step, config.save_every)
                 saves = owed or last
-                compares = saves or _due(step, config.guard.cross_check_every)
-                comparison = self.comparer.compare(state) if self.comparer and compares else None
-                waiting = (step, metrics, comparison)
+                compares = self.comparer and _due(step, config.guard.cross_check_every)
+                waiting = (step, metrics, self.comparer.compare(state) if compares else None)
                 if evaluates or saves:  # before the next step takes the state's memory
                     taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
@@ -493,8 +491,6 @@ class _Run:
                     clock.restart(step)
         if waiting:
             self.record(*waiting, clock)
-        if self.comparer and step < config.steps:
-            self.refuse_differences(step, self.comparer.compare(state))
         if step > start:
             self.save(step, state, wait=True)
         if step < config.steps:
@@ -505,7 +501,9 @@ class _Run:
         return state
 
     def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
-        """Begin to save, or wait until it is done."""
+        """Begin to save a state whose copies are the same, or wait until it is done."""
+        if self.comparer:
+            self.refuse_differences(step, self.comparer.compare(state))
         with self.watchdog.phase("save"):
             self.checkpoints.save(step, state, wait=wait)
 
@@ -547,10 +545,17 @@ class _Run:
             raise ReplicaError(
                 f"the copies of the state on different devices differ after step {step:,}: "
                 f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
-                "Nothing of it is saved: every checkpoint was compared first. Go on from the "
-                f"newest, of step {self.checkpoints.latest() or 0:,}, without that device, by the "
-                "same command; or give --guard.cross_check_every none to compare no more"
+                f"Nothing of it is saved, and {self.tell_safe()}: the same command goes on, better "
+                "without that device; --guard.cross_check_every none compares no more"
             )
+
+    def tell_safe(self) -> str:
+        """Which checkpoint is from before what went wrong, once what is being saved is saved."""
+        self.checkpoints.wait()
+        step = self.checkpoints.latest()
+        if step is None:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint, of step {step:,}, is from before"
 
     def tell_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """Tell that an update was skipped, and of which batch; go back, or stop, if it is one too
@@ -581,8 +586,7 @@ class _Run:
             raise DivergenceError(
                 f"the loss or its gradient was not finite for {skipped} steps "
                 f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
-                "warm-up, or go on from an earlier checkpoint; the newest, of step "
-                f"{self.checkpoints.latest() or 0:,}, is from before"
+                f"warm-up, or go on from an earlier checkpoint; {self.tell_safe()}"
             )
 
     def evaluate_late(self, params: Params, step: int) -> None:
