@@ -2,14 +2,21 @@
 
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import math
+import os
+import queue
 import re
 import signal
+import socket
 import statistics
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, ConfigError, GPTConfig, check
+from gptjax.config import Config, ConfigError, GPTConfig, check, to_json
 from gptjax.corpus import load_corpus
 from gptjax.data import (
     Batch,
@@ -41,7 +48,19 @@ from gptjax.faults import at
 from gptjax.generate import Sampling, generate
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
 from gptjax.model import Params, abstract_params, resolve
-from gptjax.resume import begun, refuse_another_run
+from gptjax.resume import (
+    NOTHING_ALLOWED,
+    Allowed,
+    Origin,
+    changes_of,
+    data_changes,
+    data_of,
+    find_past,
+    keep_past,
+    refuse_changes,
+    told,
+    write_changes,
+)
 from gptjax.rundir import save_run
 from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.sources import DataError
@@ -60,7 +79,14 @@ class Interrupted(RuntimeError):
     """
 
 
-def fit(config: Config, run_dir: Path) -> TrainState:
+def fit(
+    config: Config,
+    run_dir: Path,
+    *,
+    allowed: Allowed = NOTHING_ALLOWED,
+    fork_from: Origin | None = None,
+    began: float | None = None,
+) -> TrainState:
     """Train, from the newest checkpoint in the run directory if there is one, and leave everything
     there.
 
@@ -68,32 +94,48 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       config: the run. `model.vocab_size` None is taken from the tokenizer.
       run_dir: config.json, metrics.jsonl, tokenizer/, checkpoints/ and tensorboard/ are written
         below it.
+      allowed: changes that a run that goes on may have, though they change its numbers.
+      fork_from: the run and step whose state a new run begins with.
+      began: when the process began, in seconds since 1970; None: now.
     Returns:
       the state after the last step.
     Raises:
       ConfigError, DataError: before anything is compiled or written.
-      CheckpointError: if the run directory is of another tokenizer, model, data or seed.
+      CheckpointError: if the run directory is of another tokenizer, model, data or seed, or of
+        another config or stores that are not allowed.
       DivergenceError: after `config.guard.max_nonfinite` skipped updates in a row.
       Interrupted: after SIGTERM or SIGINT, once the step is saved.
     """
+    events = Events(run_dir, jax.process_index(), began)
     tokenizer = make_tokenizer(config.data)
-    before = begun(run_dir, tokenizer)
+    past = find_past(run_dir, tokenizer, fork_from)
     config = replace(config, model=_with_vocabulary(config.model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
-    if before:
-        refuse_another_run(before, config, run_dir)
+    changes = changes_of(past.config, config, past.step) if past else []
+    if past:
+        refuse_changes(changes, past, allowed)
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
-    train_rows, valid_splits = load_rows(config, tokenizer)
+    with events.spent.of("data_preparation"):
+        train_rows, valid_splits = load_rows(config, tokenizer)
+    data = data_of(train_rows, valid_splits)
+    other_data = data_changes(past.run_dir, data) if past else []
+    if past:
+        refuse_changes(other_data, past, allowed, what="data")
     check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
-    events = Events(run_dir, jax.process_index())
-    with Checkpoints(
-        run_dir, keep_last=config.keep_last, keep_every=config.keep_every
-    ) as checkpoints:
-        start = checkpoints.latest() or 0
-        exclusions = _take_up(run_dir, start)
+    with (
+        events,
+        Checkpoints(
+            run_dir, keep_last=config.keep_last, keep_every=config.keep_every
+        ) as checkpoints,
+    ):
+        start = checkpoints.latest() or (past.step if past else 0)
+        exclusions = _take_up(past.run_dir if past else run_dir, start)
         train_rows = exclude(train_rows, exclusions)
+        keep_past(run_dir, config, start, past, data)
+        events.start(start, **_versions(config, mesh))
+        write_changes(events if first else Events(None), start, changes, other_data, past)
         if first:
             save_run(run_dir, config, tokenizer)
             if exclusions:
@@ -108,12 +150,18 @@ def fit(config: Config, run_dir: Path) -> TrainState:
             log.say(_describe(config, mesh, reason, train_rows, valid_splits))
             if exclusions:
                 log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
-            run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log, events)
+            if changes:
+                log.say(told(changes, past, config))
+            for change in other_data:
+                log.say(f"--- changed since step {past.step:,}: {change}")
+            origin = past.ancestry[0] if past and past.ancestry else None
+            run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log, events, origin)
             if start < config.steps:
                 with ThreadPoolExecutor(1, "compile") as thread:
                     compiling = thread.submit(run.compile)
                     state = run.start()  # meanwhile
-                    step_fn = compiling.result()
+                    with events.spent.of("compile"):
+                        step_fn = compiling.result()
                 state = run.train(state, start, train_rows, step_fn)
             else:
                 state = run.start()
@@ -275,6 +323,7 @@ class _Run:
     checkpoints: Checkpoints
     log: Log
     events: Events
+    origin: Origin | None  # of a fork
 
     def compile(self) -> Callable:
         """The step, compiled."""
@@ -283,13 +332,24 @@ class _Run:
             return compile_train_step(self.config, self.mesh)
 
     def start(self) -> TrainState:
-        """The state of the newest checkpoint, or a fresh one."""
+        """The state of the newest checkpoint, that which a fork begins with, or a fresh one."""
         if self.checkpoints.latest() is not None:
             at("restore")
-            state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
+            with self.events.phase("restore"):
+                state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
             self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
             return state
-        return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
+        if self.origin:
+            self.log.say(f"fork       of {self.origin.run} at step {self.origin.step:,}")
+            with self.events.phase("restore"):
+                like = abstract_state(self.config, self.mesh)
+                state = Checkpoints(self.origin.run).restore(like, self.origin.step)
+            with self.events.spent.of("checkpoint"):  # from now on the origin may go
+                self.checkpoints.save(self.origin.step, state)
+                self.checkpoints.wait()
+            return state
+        with self.events.phase("initialise"):
+            return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
 
     def train(self, state: TrainState, start: int, rows: Rows, step_fn: Callable) -> TrainState:
         """All steps from `start` on. Metrics of a step are fetched once the next is dispatched, so
@@ -304,16 +364,22 @@ class _Run:
 
         clock = _Clock(config, self.mesh)
         with (
+            self.events.spent.of("train"),
+            _DeviceWatch() as watch,
             _stop_requests() as stop_requested,
             closing(prefetch(make, start, config.steps, config.data.prefetch)) as batches,
         ):
-            waiting = None
-            for step, batch in enumerate(batches, start=start + 1):
+            waiting, began = None, time.perf_counter()
+            for step, batch in enumerate(self.awaited(batches, watch), start=start + 1):
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
+                self.events.step = step
+                watch.given(metrics)
                 at("step_end")
                 if waiting:
                     self.record(*waiting, clock)
+                    if step == start + 2:
+                        self.events.write("first_step", seconds=time.perf_counter() - began)
                 waiting = (step, metrics)
                 log.advance(step)
                 stop = stop_requested(step)
@@ -323,17 +389,37 @@ class _Run:
                 if evaluates or saves:  # before the next step takes the state's memory
                     self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
+                    self.events.progress()  # so that is known what steps up to here took
                     if saves:
-                        self.checkpoints.save(step, state)
+                        with self.events.spent.of("checkpoint"):
+                            self.checkpoints.save(step, state)
                     clock.restart(step)
                 self.checkpoints.poll()
                 if stop and step < config.steps:
-                    self.checkpoints.wait()
+                    self.events.write("stop", step=step)
+                    with self.events.spent.of("checkpoint"):
+                        self.checkpoints.wait()
                     raise Interrupted(
                         f"by a signal after step {step:,}, which is saved: the same command goes on"
                     )
-        self.checkpoints.wait()
+            with self.events.spent.of("checkpoint"):
+                self.checkpoints.wait()
         return state
+
+    def awaited(self, batches: Iterator[Batch], watch: "_DeviceWatch") -> Iterator[Batch]:
+        """The batches. The time in which the devices have no step to compute, because none is
+        there, is data wait; while they compute it is not.
+        """
+        spent = self.events.spent
+        while True:
+            before = time.perf_counter()
+            with spent.of("data_wait"):
+                batch = next(batches, None)
+                busy = watch.done_at(time.perf_counter()) - before
+            spent.move(max(busy, 0.0), "data_wait", "train")
+            if batch is None:
+                return
+            yield batch
 
     def record(
         self, step: int, metrics: dict, clock: "_Clock", evaluated: Params | None = None
@@ -365,7 +451,8 @@ class _Run:
         """The loss on the validation split, or on as much of it as the config says."""
         at("evaluate")
         splits, most = self.valid_splits, self.config.eval_batches
-        return evaluate(params, splits, self.eval_step, self.mesh, max_batches=most)
+        with self.events.phase("evaluation", step=self.events.step):
+            return evaluate(params, splits, self.eval_step, self.mesh, max_batches=most)
 
     def finish(self, state: TrainState, run_dir: Path) -> None:
         """Say what came of it: a sample, the last figures, and where everything lies."""
@@ -380,7 +467,8 @@ class _Run:
             )
             key = jax.random.key(config.seed)
             end = self.tokenizer.end
-            (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
+            with self.events.phase("sample"):
+                (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
             text = sample.prompt + self.tokenizer.decode(tokens)
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
@@ -414,6 +502,24 @@ def _summary(lines: list[dict[str, float]], run_dir: Path) -> str:
     )
 
 
+def _versions(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What an attempt runs on, for its first event."""
+    device = mesh.devices.flat[0]
+    return {
+        "gptjax": importlib.metadata.version("gptjax"),
+        "jax": jax.__version__,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "processes": jax.process_count(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "steps": config.steps,
+        "step_tokens": config.batch_size * config.model.context_size,
+        "config": hashlib.sha256(to_json(config).encode()).hexdigest()[:12],
+    }
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -445,6 +551,39 @@ class _Clock:
         seconds = (self.time - since) / (step - before)
         speed = {"perf/step_seconds": seconds, "perf/tokens_per_second": self.tokens / seconds}
         return speed | ({"perf/mfu": self.tokens / seconds / self.most} if self.most else {})
+
+
+class _DeviceWatch:
+    """When the devices were done with the last step that they were given: a thread of its own waits
+    for it, so the main one never does.
+    """
+
+    def __init__(self):
+        self._given: queue.SimpleQueue = queue.SimpleQueue()
+        self._number, self._last = 0, (0, -math.inf)  # of steps given, and the last one done: when
+
+    def given(self, metrics: dict[str, jax.Array]) -> None:
+        self._number += 1
+        self._given.put((self._number, metrics["train/loss"]))
+
+    def done_at(self, now: float) -> float:
+        """When they had nothing more to compute; `now` if they still have."""
+        number, time_done = self._last
+        return time_done if number == self._number else now
+
+    def _wait(self) -> None:
+        while one := self._given.get():
+            number, loss = one
+            with suppress(Exception):  # what has failed comes out where it is fetched
+                loss.block_until_ready()
+            self._last = (number, time.perf_counter())
+
+    def __enter__(self) -> "_DeviceWatch":
+        threading.Thread(target=self._wait, daemon=True, name="device watch").start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._given.put(None)
 
 
 @contextmanager
