@@ -11,9 +11,10 @@ of it. A run that is started again goes on with the same file: its whole history
     first_step   seconds until its figures were there
     progress     the last step that was begun, and spent: the seconds of the main thread so far in
                  this attempt, by what it did
-    save_begun, save_durable, save_failed
-    rollback     step, and the step that the run goes back to
-    error        code, message
+    save         a step is on the disk for good; save_failed, save_skipped
+    skipped_update, spike
+    rollback     step, and to_step, which the run goes back to
+    stop, error  code, message
     end          outcome: done, or the name of what ended it; spent
 
 `report.py` makes its tables of these lines alone.
@@ -95,7 +96,7 @@ class Events:
             events.start(step=0)
             with events.phase("compile"):
                 ...
-            events.write("save_begun", step=100)
+            events.write("save", step=100)
 
     The log is no reason to fail: on a full disk events are lost, and the run goes on.
     """

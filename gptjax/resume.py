@@ -182,13 +182,20 @@ FREE = {
     "keep_last",
     "keep_every",
     "tensorboard",
-    "guard.max_nonfinite",
 }
-FREE_SECTIONS = ("mesh.", "sample.")
+FREE_SECTIONS = ("mesh.", "sample.", "guard.")
 # What changes the numbers of the steps to come, and leaves the state and the order of batches what
 # they are.
-NUMBERS = {"model.compute_dtype", "model.dropout"}
-NUMBERS_SECTIONS = ("optimizer.", "guard.")
+NUMBERS = {
+    "model.compute_dtype",
+    "model.dropout",
+    "guard.spike_window",
+    "guard.spike_loss",
+    "guard.spike_grad_norm",
+    "guard.max_spikes",
+    "guard.rollback_after",
+}
+NUMBERS_SECTIONS = ("optimizer.",)
 # Judged by what lies behind the run.
 APART = ("data.skip", "data.mixture")
 # What the stores hold.
@@ -256,10 +263,10 @@ def _kind(name: str, before: Config, config: Config, step: int) -> Kind:
     """What it means that a field has changed; of one that is listed nowhere, another run."""
     if name == "steps":
         return "free" if config.steps > before.steps else "config"
-    if name in FREE or name.startswith(FREE_SECTIONS):
-        return "free"
     if name in NUMBERS or name.startswith(NUMBERS_SECTIONS):
         return "config"
+    if name in FREE or name.startswith(FREE_SECTIONS):
+        return "free"
     return "data" if name in {f"data.{field}" for field in CONTENT} else "fatal"
 
 
@@ -305,7 +312,7 @@ def _weights_up_to(step: int, *stores: MixtureConfig) -> list[list[float]]:
 
 
 def refuse_changes(
-    changes: Iterable[Change | str], past: Past, allowed: Allowed, *, what: str = "config"
+    changes: Iterable[Change | str], past: Past | None, allowed: Allowed, *, what: str = "config"
 ) -> None:
     """Refuse changes that are not allowed, in one message with all there are. A fork is made to
     change the config.
@@ -418,34 +425,44 @@ def _store_change(before: dict[str, Any], now: dict[str, Any] | None) -> str:
 # --- what is kept --------------------------------------------------------------------------------
 
 
-def keep_past(
-    run_dir: Path, config: Config, step: int, past: Past | None, data: dict[str, Any]
-) -> None:
+RECORDS = ("skipped.json", "rollbacks.json")  # which decide what later steps see
+
+
+def begin_fork(run_dir: Path, past: Past) -> None:
+    """Write what a fork has behind it, before all else: where it began, the configs of the steps up
+    to there, and what its origin leaves out.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    (run_dir / "configs").mkdir(parents=True, exist_ok=True)
+    for path in _configs(past.run_dir):
+        if int(path.stem) < past.step:
+            _write(run_dir / "configs" / path.name, path.read_text(encoding="utf-8"))
+    for name in RECORDS:
+        if (past.run_dir / name).exists() and not (run_dir / name).exists():
+            _write(run_dir / name, (past.run_dir / name).read_text(encoding="utf-8"))
+    origins = [{"run": str(one.run), "step": one.step} for one in past.ancestry]
+    _write(run_dir / "fork.json", json.dumps(origins, indent=2) + "\n")
+
+
+def keep_past(run_dir: Path, config: Config, step: int, data: dict[str, Any]) -> None:
     """Write what the next command of a run needs to know of this one, beside `save_run` and before
     it: what that writes says that the run has begun.
 
     Args:
       config: of the steps after `step`, which the run goes on from.
+      data: as `data_of` has it.
     Raises:
       OSError: if the folder cannot be written.
     """
-    if jax.process_index() != 0:
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if past and past.ancestry:
-        origins = [{"run": str(one.run), "step": one.step} for one in past.ancestry]
-        _write(run_dir / "fork.json", json.dumps(origins, indent=2) + "\n")
+    (run_dir / "configs").mkdir(parents=True, exist_ok=True)
     _write(run_dir / "data.json", json.dumps(data) + "\n")
-    (run_dir / "configs").mkdir(exist_ok=True)
-    if past and past.forks:  # a fork has its origin's steps behind it
-        for path in _configs(past.run_dir):
-            if int(path.stem) < step:
-                _write(run_dir / "configs" / path.name, path.read_text())
     for path in _configs(run_dir):
         if int(path.stem) >= step:  # of steps that are done again
             path.unlink()
     kept = _configs(run_dir)
-    if not kept or from_json(kept[-1].read_text()) != config:
+    if not kept or from_json(kept[-1].read_text(encoding="utf-8")) != config:
         _write(run_dir / "configs" / f"{step}.json", to_json(config))
 
 

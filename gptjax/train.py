@@ -52,6 +52,7 @@ from gptjax.resume import (
     NOTHING_ALLOWED,
     Allowed,
     Origin,
+    begin_fork,
     changes_of,
     data_changes,
     data_of,
@@ -113,17 +114,21 @@ def fit(
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     changes = changes_of(past.config, config, past.step) if past else []
-    if past:
-        refuse_changes(changes, past, allowed)
+    refuse_changes(changes, past, allowed)
+    if past and past.forks and past.step >= config.steps:
+        raise ConfigError(
+            f"steps = {config.steps:,}, but the fork begins after step {past.step:,}: give more"
+        )
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
     with events.spent.of("data_preparation"):
         train_rows, valid_splits = load_rows(config, tokenizer)
     data = data_of(train_rows, valid_splits)
     other_data = data_changes(past.run_dir, data) if past else []
-    if past:
-        refuse_changes(other_data, past, allowed, what="data")
+    refuse_changes(other_data, past, allowed, what="data")
     check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
+    if first and past and past.forks:
+        begin_fork(run_dir, past)
     with (
         events,
         Checkpoints(
@@ -131,12 +136,12 @@ def fit(
         ) as checkpoints,
     ):
         start = checkpoints.latest() or (past.step if past else 0)
-        exclusions = _take_up(past.run_dir if past else run_dir, start)
+        exclusions = _take_up(run_dir, start)
         train_rows = exclude(train_rows, exclusions)
-        keep_past(run_dir, config, start, past, data)
         events.start(start, **_versions(config, mesh))
         write_changes(events if first else Events(None), start, changes, other_data, past)
         if first:
+            keep_past(run_dir, config, start, data)
             save_run(run_dir, config, tokenizer)
             if exclusions:
                 write_exclusions(run_dir, exclusions)
