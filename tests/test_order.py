@@ -44,6 +44,7 @@ ORDER = (
     "resume",
     "train",
     "report",
+    "page",
     "plan",
     "hf",
     "interpret",

@@ -1,4 +1,4 @@
-"""The command line: `gptjax prepare | train | generate | predict | inspect | report | data | tokenizer`.
+"""The command line: `gptjax VERB ...`, as VERBS lists them.
 
 The only folder that reads arguments. JAX is imported by a verb, after its arguments have passed the
 checks, so `--help` and refusals are quick.

@@ -14,7 +14,8 @@ class Report:
 
 def report(run_dir: str, given: Report) -> None:
     """Print the table and write the page; no device is touched."""
-    from gptjax.report import read, summary, write_page
+    from gptjax.page import write_page
+    from gptjax.report import read, summary
 
     run = read(Path(run_dir))
     print(summary(run))
