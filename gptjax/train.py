@@ -2,17 +2,24 @@
 
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
 import math
+import os
+import queue
 import re
+import socket
 import statistics
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, ConfigError, GPTConfig, check
+from gptjax.config import Config, ConfigError, GPTConfig, check, to_json
 from gptjax.corpus import load_corpus
 from gptjax.data import (
     Batch,
@@ -47,7 +54,20 @@ from gptjax.generate import Sampling, generate
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
 from gptjax.model import Params, abstract_params, resolve
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
-from gptjax.resume import begun, refuse_another_run
+from gptjax.resume import (
+    NOTHING_ALLOWED,
+    Allowed,
+    Origin,
+    begin_fork,
+    changes_of,
+    data_changes,
+    data_of,
+    find_past,
+    keep_past,
+    refuse_changes,
+    told,
+    write_changes,
+)
 from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.sources import DataError
@@ -76,7 +96,14 @@ class _GoBackError(Exception):
         self.step, self.skipped = step, skipped
 
 
-def fit(config: Config, run_dir: Path) -> TrainState:
+def fit(
+    config: Config,
+    run_dir: Path,
+    *,
+    allowed: Allowed = NOTHING_ALLOWED,
+    fork_from: Origin | None = None,
+    began: float | None = None,
+) -> TrainState:
     """Train, from the newest checkpoint in the run directory if there is one, and leave everything
     there.
 
@@ -84,12 +111,16 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       config: the run. `model.vocab_size` None is taken from the tokenizer.
       run_dir: config.json, metrics.jsonl, tokenizer/, checkpoints/ and tensorboard/ are written
         below it.
+      allowed: changes that a run that goes on may have, though they change its numbers.
+      fork_from: the run and step whose state a new run begins with.
+      began: when the process began, in seconds since 1970; None: now.
     Returns:
       the state after the last step.
     Raises:
       ConfigError, DataError: before anything is compiled or written.
       BusyError: if another run is in the run directory; nothing is changed there.
-      CheckpointError: if the run directory is of another tokenizer, model, data or seed.
+      CheckpointError: if the run directory is of another tokenizer, model, data or seed, or of
+        another config or stores that are not allowed; or all its checkpoints are damaged.
       DivergenceError: after `config.guard.max_nonfinite` updates in a row that are not finite, or
         one rollback more than `config.guard.max_rollbacks`.
       ReplicaError: if copies of the state on different devices are no longer the same.
@@ -99,9 +130,10 @@ def fit(config: Config, run_dir: Path) -> TrainState:
         while the final sample is made, a signal ends the process at once, with code 75. Signals are
         heard if this is the main thread.
     """
-    events = Events(run_dir, jax.process_index())
+    events = Events(run_dir, jax.process_index(), began)
     alone = jax.process_count() == 1
     with (
+        events,
         Leaving(events) as leave,
         Stop(leave, alone=alone) as stop,
         Watchdog(config.guard, stop, leave) as watchdog,
@@ -109,7 +141,7 @@ def fit(config: Config, run_dir: Path) -> TrainState:
         _told(events),
         watchdog.telling(),
     ):
-        return _fit(config, run_dir, events, stop, watchdog)
+        return _fit(config, run_dir, allowed, fork_from, events, stop, watchdog)
 
 
 @contextmanager
@@ -151,20 +183,38 @@ def _told(events: Events) -> Iterator[None]:
 
 
 def _fit(
-    config: Config, run_dir: Path, events: Events, stop: Stop, watchdog: Watchdog
+    config: Config,
+    run_dir: Path,
+    allowed: Allowed,
+    fork_from: Origin | None,
+    events: Events,
+    stop: Stop,
+    watchdog: Watchdog,
 ) -> TrainState:
     """As `fit`, in a run directory that is this run's alone."""
     tokenizer = make_tokenizer(config.data)
-    before = begun(run_dir, tokenizer)
+    past = find_past(run_dir, tokenizer, fork_from)
     config = replace(config, model=_with_vocabulary(config.model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
-    if before:
-        refuse_another_run(before, config, run_dir)
+    changes = (
+        changes_of(past.config, config, past.step, read_rollbacks(past.run_dir)) if past else []
+    )
+    refuse_changes(changes, past, allowed)
+    if past and past.forks and past.step >= config.steps:
+        raise ConfigError(
+            f"steps = {config.steps:,}, but the fork begins after step {past.step:,}: give more"
+        )
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
-    train_rows, valid_splits = load_rows(config, tokenizer)
+    with events.spent.of("data_preparation"):
+        train_rows, valid_splits = load_rows(config, tokenizer)
+    data = data_of(train_rows, valid_splits)
+    other_data = data_changes(past.run_dir, data) if past else []
+    refuse_changes(other_data, past, allowed, what="data")
     check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
+    if first and past and past.forks:
+        begin_fork(run_dir, past)
     with Checkpoints(
         run_dir,
         keep_last=config.keep_last,
@@ -173,11 +223,16 @@ def _fit(
         backoff=config.guard.save_backoff,
         events=events,
     ) as checkpoints:
-        start = checkpoints.latest_valid() or 0
+        start = checkpoints.latest_valid()
+        if start is None:
+            start = past.step if past else 0
         exclusions = _take_up(run_dir, start)
         rollbacks = read_rollbacks(run_dir)
         train_rows = pass_over(exclude(train_rows, exclusions), rollbacks)
+        events.start(start, **_versions(config, mesh))
+        write_changes(events if first else Events(None), start, changes, other_data, past)
         if first:
+            keep_past(run_dir, config, start, data)
             save_run(run_dir, config, tokenizer)
             if exclusions:
                 write_exclusions(run_dir, exclusions)
@@ -191,6 +246,10 @@ def _fit(
             log.say(_describe(config, mesh, reason, train_rows, valid_splits))
             if exclusions:
                 log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
+            if changes:
+                log.say(told(changes, past, config))
+            for change in other_data:
+                log.say(f"--- changed since step {past.step:,}: {change}")
             run = _Run(
                 config,
                 mesh,
@@ -204,13 +263,15 @@ def _fit(
                 watchdog,
                 run_dir,
                 rollbacks,
+                past.ancestry[0] if past and past.ancestry else None,
             )
             with watchdog.telling():
                 if start < config.steps:
                     with watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
                         compiling = thread.submit(run.compile)
                         state = run.start(start)  # meanwhile
-                        step_fn = compiling.result()
+                        with events.spent.of("compile"):
+                            step_fn = compiling.result()
                     run.evaluate_late(state.params, start)
                     state = run.train_back_and_forth(state, start, step_fn)
                 else:
@@ -382,6 +443,7 @@ class _Run:
     watchdog: Watchdog
     run_dir: Path
     rollbacks: tuple[Rollback, ...]
+    origin: Origin | None  # of a fork
     comparer: Comparer | None = None  # of the state's copies; None: there are none to compare
 
     def compile(self) -> Callable:
@@ -395,13 +457,23 @@ class _Run:
             return compile_train_step(self.config, self.mesh)
 
     def start(self, step: int) -> TrainState:
-        """The state of the checkpoint of a step; 0: a fresh one."""
-        if step:
+        """The state of the checkpoint of a step, that which a fork begins with, or a fresh one."""
+        if step in self.checkpoints.steps():
             at("restore")
-            state = self.checkpoints.restore(abstract_state(self.config, self.mesh), step)
+            with self.events.phase("restore"):
+                state = self.checkpoints.restore(abstract_state(self.config, self.mesh), step)
             self.log.say(f"resumed    from step {step:,}")
             return state
-        return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
+        if self.origin:
+            self.log.say(f"fork       of {self.origin.run} at step {self.origin.step:,}")
+            with self.events.phase("restore"):
+                like = abstract_state(self.config, self.mesh)
+                state = Checkpoints(self.origin.run).restore(like, self.origin.step)
+            with self.events.spent.of("checkpoint"):  # from now on the origin may go
+                self.checkpoints.save(self.origin.step, state, wait=True)
+            return state
+        with self.events.phase("initialise"):
+            return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
 
     def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on, and those after each rollback."""
@@ -460,20 +532,26 @@ class _Run:
 
         clock = _Clock(config, self.mesh)
         ahead, request = config.data.prefetch, self.stop.request
-        step, waiting, owed = start, None, False
+        step, waiting, owed, began = start, None, False, time.perf_counter()
         with (
+            self.events.spent.of("train"),
             self.watchdog.phase("step"),
+            _DeviceWatch() as watch,
             closing(prefetch(make, start, config.steps, ahead, request)) as batches,
         ):
-            for batch in batches:
+            for batch in self.awaited(batches, watch):
                 if not self.stop.begin():
                     break
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 step += 1
+                self.events.step = step
+                watch.given(metrics)
                 at("step_end")
                 if waiting:
                     self.record(*waiting, clock)
+                    if step == start + 2:
+                        self.events.write("first_step", seconds=time.perf_counter() - began)
                 log.advance(step)
                 last = step == config.steps
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
@@ -484,15 +562,16 @@ class _Run:
                 if evaluates or saves:  # before the next step takes the state's memory
                     taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
+                    self.events.progress()  # so that is known what steps up to here took
                     # While updates are skipped the newest checkpoint stays one from before.
                     if owed and taken and not last:  # the last one is waited for, below
                         self.save(step, state)
                         owed = False
                     clock.restart(step)
-        if waiting:
-            self.record(*waiting, clock)
-        if step > start:
-            self.save(step, state, wait=True)
+            if waiting:
+                self.record(*waiting, clock)
+            if step > start:
+                self.save(step, state, wait=True)
         if step < config.steps:
             raise Interrupted(
                 f"by {self.stop.asked} after step {step:,}, which is saved: "
@@ -504,8 +583,23 @@ class _Run:
         """Begin to save a state whose copies are the same, or wait until it is done."""
         if self.comparer:
             self.refuse_differences(step, self.comparer.compare(state))
-        with self.watchdog.phase("save"):
+        with self.watchdog.phase("save"), self.events.spent.of("checkpoint"):
             self.checkpoints.save(step, state, wait=wait)
+
+    def awaited(self, batches: Iterator[Batch], watch: "_DeviceWatch") -> Iterator[Batch]:
+        """The batches. The time in which the devices have no step to compute, because none is
+        there, is data wait; while they compute it is not.
+        """
+        spent = self.events.spent
+        while True:
+            before = time.perf_counter()
+            with spent.of("data_wait"):
+                batch = next(batches, None)
+                busy = watch.done_at(time.perf_counter()) - before
+            spent.move(max(busy, 0.0), "data_wait", "train")
+            if batch is None:
+                return
+            yield batch
 
     def record(
         self,
@@ -611,7 +705,10 @@ class _Run:
         is to stop.
         """
         at("evaluate")
-        with self.watchdog.phase("evaluate"):
+        with (
+            self.watchdog.phase("evaluate"),
+            self.events.phase("evaluation", step=self.events.step),
+        ):
             return evaluate(
                 params,
                 self.valid_splits,
@@ -636,7 +733,8 @@ class _Run:
             )
             key = jax.random.key(config.seed)
             end = self.tokenizer.end
-            (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
+            with self.events.phase("sample"):
+                (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
             text = sample.prompt + self.tokenizer.decode(tokens)
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
@@ -670,6 +768,24 @@ def _summary(lines: list[dict[str, float]], run_dir: Path) -> str:
     )
 
 
+def _versions(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What an attempt runs on, for its first event."""
+    device = mesh.devices.flat[0]
+    return {
+        "gptjax": importlib.metadata.version("gptjax"),
+        "jax": jax.__version__,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "processes": jax.process_count(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "steps": config.steps,
+        "step_tokens": config.batch_size * config.model.context_size,
+        "config": hashlib.sha256(to_json(config).encode()).hexdigest()[:12],
+    }
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -701,3 +817,36 @@ class _Clock:
         seconds = (self.time - since) / (step - before)
         speed = {"perf/step_seconds": seconds, "perf/tokens_per_second": self.tokens / seconds}
         return speed | ({"perf/mfu": self.tokens / seconds / self.most} if self.most else {})
+
+
+class _DeviceWatch:
+    """When the devices were done with the last step that they were given: a thread of its own waits
+    for it, so the main one never does.
+    """
+
+    def __init__(self):
+        self._given: queue.SimpleQueue = queue.SimpleQueue()
+        self._number, self._last = 0, (0, -math.inf)  # of steps given, and the last one done: when
+
+    def given(self, metrics: dict[str, jax.Array]) -> None:
+        self._number += 1
+        self._given.put((self._number, metrics["train/loss"]))
+
+    def done_at(self, now: float) -> float:
+        """When they had nothing more to compute; `now` if they still have."""
+        number, time_done = self._last
+        return time_done if number == self._number else now
+
+    def _wait(self) -> None:
+        while one := self._given.get():
+            number, loss = one
+            with suppress(Exception):  # what has failed comes out where it is fetched
+                loss.block_until_ready()
+            self._last = (number, time.perf_counter())
+
+    def __enter__(self) -> "_DeviceWatch":
+        threading.Thread(target=self._wait, daemon=True, name="device watch").start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._given.put(None)

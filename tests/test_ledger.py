@@ -336,7 +336,10 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     first, second = config.data.mixture
     other = (first, replace(second, weight=3.0))
     for changes, words in [
-        ({"mixture": other}, "data.mixture was"),
+        (
+            {"mixture": other},
+            r"data.mixture.\w+.weight was .* and is now 3.0: makes it another run",
+        ),
         ({"skip": ((3, 3),)}, r"data.skip up to step 3, which is saved, was \(\) and is now"),
         ({"shuffle": False}, "data.shuffle was True"),
     ]:

@@ -49,6 +49,7 @@ ORDER = (
     "resume",
     "train",
     "report",
+    "page",
     "plan",
     "hf",
     "interpret",

@@ -209,7 +209,7 @@ def test_a_text_too_short_is_refused_and_nothing_is_written(tmp_path):
 def test_another_config_does_not_go_on_with_a_run(folder, tmp_path):
     fit(small_run(folder), tmp_path)
     lines = read_metrics(tmp_path)
-    with pytest.raises(CheckpointError, match=r"seed was 0 and is now 1.*another --run-dir"):
+    with pytest.raises(CheckpointError, match=r"(?s)seed was 0 and is now 1.*another --run-dir"):
         fit(small_run(folder, seed=1), tmp_path)
     assert read_metrics(tmp_path) == lines
     longer = fit(small_run(folder, steps=5, log_every=1), tmp_path)

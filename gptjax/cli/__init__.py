@@ -1,4 +1,4 @@
-"""The command line: `gptjax prepare | train | generate | predict | inspect | data | tokenizer`.
+"""The command line: `gptjax VERB ...`, as VERBS lists them.
 
 The only folder that reads arguments. JAX is imported by a verb, after its arguments have passed the
 checks, so `--help` and refusals are quick.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from gptjax.cli.arguments import parse
 from gptjax.cli.corpora import Prepare, prepare
 from gptjax.cli.ledger import Data, data
+from gptjax.cli.reports import Report, report
 from gptjax.cli.runs import (
     Generate,
     Inspect,
@@ -45,6 +46,7 @@ VERBS = {
     "generate": (generate, Generate),
     "predict": (predict, Predict),
     "inspect": (inspect, Inspect),
+    "report": (report, Report),
     "data": (data, Data),
     "tokenizer train": (train_tokenizer, TrainTokenizer),
     "tokenizer inspect": (inspect_tokenizer, InspectTokenizer),

@@ -19,6 +19,7 @@ from gptjax.config import (
     check,
     to_json,
 )
+from gptjax.events import process_began
 from gptjax.rundir import refuse_busy
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class Train:
     coordinator: str | None = None
     num_processes: Count | None = None  # of the run; with --coordinator
     process_id: Whole | None = None  # of this process, from 0; with --coordinator
+    allow_config_change: bool = False  # go on with another learning rate, dropout, or the like
+    allow_data_change: bool = False  # go on though the text is another than the run began with
+    # RUN@STEP or RUN: begin as that run was after that step, or the latest; --run-dir is a new one
+    fork_from: str | None = None
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -81,9 +86,21 @@ def train(experiment: str, given: Train) -> None:
 
     _join_processes(given)
     check(given.config, jax.device_count())
+    from gptjax.resume import Allowed, Origin
     from gptjax.train import fit
 
-    fit(given.config, run_dir)
+    fork_from = None
+    if given.fork_from:
+        run, at, step = given.fork_from.rpartition("@")
+        known = bool(at) and step.isdecimal()
+        fork_from = Origin(Path(run), int(step)) if known else Origin(Path(given.fork_from), None)
+    fit(
+        given.config,
+        run_dir,
+        allowed=Allowed(given.allow_config_change, given.allow_data_change),
+        fork_from=fork_from,
+        began=process_began(),
+    )
 
 
 def launch_problems(given: Train) -> Iterator[str]:
@@ -179,11 +196,14 @@ def inspect(run_dir: str, given: Inspect) -> None:
     jax.config.update("jax_platforms", "cpu")
     from gptjax.checkpoint import Checkpoints
     from gptjax.model import param_letters
+    from gptjax.resume import read_fork
     from gptjax.rundir import read_run
 
     config, _ = read_run(Path(run_dir))
     checkpoints = Checkpoints(Path(run_dir))
     print(f"run {run_dir}")
+    for origin in read_fork(Path(run_dir)):
+        print(f"fork of {origin.run} at step {origin.step}")
     print(f"steps {', '.join(map(str, checkpoints.steps())) or 'none yet'}")
     print(f"config {to_json(config)}", end="")
     if given.step is None and not checkpoints.steps():
