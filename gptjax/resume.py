@@ -428,7 +428,7 @@ def _store_change(before: dict[str, Any], now: dict[str, Any] | None) -> str:
 # --- what is kept --------------------------------------------------------------------------------
 
 
-RECORDS = ("skipped.json", "rollbacks.json")
+RECORDS = ("skipped.json", "rollbacks.json")  # which decide what later steps see
 
 
 def begin_fork(run_dir: Path, past: Past) -> None:
