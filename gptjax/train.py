@@ -130,6 +130,7 @@ def _fit(
     config: Config, run_dir: Path, events: Events, stop: Stop, watchdog: Watchdog
 ) -> TrainState:
     """As `fit`, in a run directory that is this run's alone."""
+    check(config, jax.device_count())
     tokenizer = make_tokenizer(config.data)
     before = begun(run_dir, tokenizer)
     config = replace(config, model=_with_vocabulary(config.model, tokenizer))
