@@ -192,6 +192,7 @@ def _fit(
     watchdog: Watchdog,
 ) -> TrainState:
     """As `fit`, in a run directory that is this run's alone."""
+    check(config, jax.device_count())
     tokenizer = make_tokenizer(config.data)
     past = find_past(run_dir, tokenizer, fork_from)
     config = replace(config, model=_with_vocabulary(config.model, tokenizer))

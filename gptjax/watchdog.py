@@ -165,7 +165,7 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Exchange news with the other processes."""
-        beats, next_beat, told_stop, answers = 0, 0.0, False, 0
+        beats, next_beat, told_stop, failures = 0, 0.0, False, 0
         seen: dict[int, tuple[list, float]] = {}
         while not self._closed.wait(POLL_SECONDS):
             try:
@@ -175,16 +175,15 @@ class Watchdog:
                     if self._me == 0:
                         self._suspect(seen)
                 news = self._get("news/")
-                self._heard, answers = time.monotonic(), 0
+                self._heard, failures = time.monotonic(), 0
+                self._quiet = news.pop("quiet", [])
+                if "fatal" in news:
+                    self._end_with(Fatal(*news.pop("fatal")))
+                told_stop = self._agree(news, told_stop)
             except jax.errors.JaxRuntimeError:
-                answers += 1
-                if answers > 1 and self._me and not self._failed:  # else JAX is ending it already
+                failures += 1
+                if failures > 1 and self._me and not self._failed:
                     self._end_lost([0])
-                continue
-            self._quiet = news.pop("quiet", [])
-            if "fatal" in news:
-                self._end_with(Fatal(*news.pop("fatal")))
-            told_stop = self._agree(news, told_stop)
 
     def _agree(self, stops: dict[str, int], told: bool) -> bool:
         """Where to stop, once all processes have told how much they have begun."""

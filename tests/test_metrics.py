@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import resource
 import os
 import pty
 import sys
@@ -66,6 +67,38 @@ def test_a_line_is_in_the_file_when_write_returns(tmp_path):
         for step in (1, 2):
             log.write(step, {"train/loss": 1.0})
             assert len(read_metrics(tmp_path)) == step
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_on_a_full_disk_lines_are_lost_and_nothing_else(tmp_path, capsys, tensorboard):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Log(tmp_path, first_step=1, last_step=60, tensorboard=tensorboard) as log:
+        log.write(1, {"train/loss": 1.0})
+        room = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room + 10, before[1]))  # of any file
+        try:
+            for step in range(2, 50):
+                log.write(step, {"train/loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log.write(50, {"train/loss": 2.0})
+    steps = [strict(line)["step"] for line in lines(tmp_path)]
+    assert steps[0] == 1 and steps[-1] == 50 and len(steps) < 10
+    assert capsys.readouterr().err.count("warning    step ") == 1
+
+
+def test_more_is_logged_of_the_last_step(tmp_path):
+    with Log(tmp_path, first_step=1, last_step=3) as log:
+        for step in (1, 2):
+            log.write(step, {"train/loss": math.nan})
+    with Log(tmp_path, first_step=3, last_step=3) as log:
+        log.amend(2, {"eval/loss": 0.5})
+        log.write(3, {"train/loss": 1.0})
+    assert [strict(line) for line in lines(tmp_path)] == [
+        {"step": 1, "train/loss": None},
+        {"step": 2, "train/loss": None, "eval/loss": 0.5},
+        {"step": 3, "train/loss": 1.0},
+    ]
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 7, "train/lo', "{"])

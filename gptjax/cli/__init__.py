@@ -82,7 +82,7 @@ def main() -> int:
             traceback.print_exc()
         code, message = explain(error)
         print(last_line(code, message), file=sys.stderr)
-        if code not in NO_ERRORS and _has_peers():  # at the usual exit it would wait for them
+        if code not in NO_ERRORS and _has_peers():  # which the usual exit would wait for
             end_process(code)
         return code
 

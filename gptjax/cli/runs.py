@@ -16,7 +16,6 @@ from gptjax.config import (
     NotNegative,
     Probability,
     Whole,
-    check,
     to_json,
 )
 from gptjax.events import process_began
@@ -82,10 +81,7 @@ def train(experiment: str, given: Train) -> None:
     """Train, on all devices of all processes."""
     run_dir = Path(given.run_dir or Path("runs", given.config.name))
     refuse_busy(run_dir)
-    import jax
-
     _join_processes(given)
-    check(given.config, jax.device_count())
     from gptjax.resume import Allowed, Origin
     from gptjax.train import fit
 
