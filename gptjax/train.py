@@ -641,7 +641,7 @@ class _Run:
                 f"the copies of the state on different devices differ after step {step:,}: "
                 f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
                 f"Nothing of it is saved, and {self.tell_safe()}: the same command goes on, better "
-                "without that device; --guard.cross_check_every none compares no more"
+                "without that device; --guard.cross-check-every None compares no more"
             )
 
     def tell_safe(self) -> str:

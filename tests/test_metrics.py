@@ -120,6 +120,16 @@ def test_after_a_resume_no_step_stands_twice(tmp_path, torn):
         assert lines(tmp_path) == []
 
 
+def test_after_a_rollback_no_step_stands_twice(tmp_path):
+    with Log(tmp_path, first_step=1, last_step=6) as log:
+        for step in range(1, 6):
+            log.write(step, {"train/loss": step})
+        log.rewind(4)
+        for step in range(4, 7):
+            log.write(step, {"train/loss": 10 * step})
+    assert [line["train/loss"] for line in read_metrics(tmp_path)] == [1, 2, 3, 40, 50, 60]
+
+
 def test_a_step_is_written_once(tmp_path):
     with Log(tmp_path, first_step=3, last_step=10) as log:
         for step in (3, 5):

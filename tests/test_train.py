@@ -118,6 +118,39 @@ def test_all_processes_save_the_same_step_when_one_is_told_to_stop(folder, whole
     assert Checkpoints(folder / run).latest() == max(figures(folder, run)) > 5
 
 
+@pytest.mark.slow
+def test_a_fault_in_one_process_is_skipped_by_both_and_both_go_back(folder, monkeypatch):
+    """Which then are as if they had never seen those batches."""
+    options = ["--guard.rollback-after", "2", "--mesh.data", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    first = start(folder, "back", *options, *launch, "0")
+    monkeypatch.setenv("GPTJAX_FAULT", "batch_read:nan@3,batch_read:nan@6-7")
+    second = start(folder, "back", *options, *launch, "1")
+    monkeypatch.delenv("GPTJAX_FAULT")
+    for process in (first, second):
+        finish(process)
+    (went_back,) = json.loads((folder / "back" / "rollbacks.json").read_text())
+    assert went_back == {"first": 6, "last": 7, "step": 7, "to_step": 4}
+    log = (folder / "back" / "events.jsonl").read_text()
+    assert log.count('"skipped_update"') == 3 and log.count('"rollback"') == 1
+    monkeypatch.setenv("GPTJAX_FAULT", "batch_read:nan@3")
+    in_processes(folder, "never", 2, *options, "--data.skip", "6", "7")
+    assert_same(folder, "back", "never")
+
+
+@pytest.mark.slow
+def test_the_time_zone_the_locale_and_the_order_of_hashes_change_no_number(
+    folder, whole, monkeypatch
+):
+    for name, value in [("TZ", "Asia/Kathmandu"), ("PYTHONHASHSEED", "7"), ("LC_ALL", "C")]:
+        monkeypatch.setenv(name, value)
+    finish(start(folder, "elsewhere"))
+    assert_same(folder, "elsewhere", whole)
+
+
 # --- mixtures ------------------------------------------------------------------------------------
 
 MIXTURE = """
