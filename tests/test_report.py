@@ -15,7 +15,7 @@ import pytest
 from gptjax import cli
 from gptjax.config import Config, DataConfig
 from gptjax.events import read_events
-from gptjax.page import downsample, page, ticks, write_page
+from gptjax.page import downsample, log_ticks, page, ticks, write_page
 from gptjax.report import PARTS, facts, goodput, read, summary
 from gptjax.rundir import save_run
 from gptjax.tokenizer import ByteTokenizer
@@ -227,6 +227,14 @@ def test_ticks_are_round_and_few(ends):
     found = ticks(*ends)
     assert 2 <= len(found) <= 7
     assert all(ends[0] - 1e-12 <= tick <= ends[1] * (1 + 1e-9) for tick in found)
+
+
+@pytest.mark.parametrize("ends", [(-0.03, 0.02), (-0.4, 0.9), (-7.2, 30.5)])
+def test_ticks_of_a_logarithm_are_round_and_few(ends):
+    found = log_ticks(*ends)
+    assert 2 <= len(found) <= 9
+    assert all(ends[0] <= math.log10(tick) <= ends[1] for tick in found)
+    assert all(float(f"{tick:.3g}") == pytest.approx(tick) for tick in found)
 
 
 # --- a real run ----------------------------------------------------------------------------------
