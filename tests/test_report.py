@@ -85,6 +85,10 @@ def test_steps_that_are_lost_twice_count_twice():
     assert found.parts["done again"] == pytest.approx(3.0 + 4.0 + 2.5)
     assert found.parts["productive"] == pytest.approx(2.5 + 5.0)
     assert found.steps == 10
+    fourth = start(157.0, 2, 4)  # and all of the third, and steps 3 to 5 of the first
+    found = goodput([*KILLED, *second, *third, fourth])
+    assert found.lost_steps == 14 + 5 + 3
+    assert found.parts["productive"] == pytest.approx(1.0)
 
 
 def test_a_rollback_loses_steps_too():
