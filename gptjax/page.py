@@ -289,8 +289,7 @@ def _grid(
     logarithmic: bool,
 ) -> Iterator[str]:
     """Lines and numbers of both axes."""
-    for value in ticks(*y_ends):
-        shown = 10**value if logarithmic else value
+    for shown in log_ticks(*y_ends) if logarithmic else ticks(*y_ends):
         y = float(y_of(shown))
         yield f"<path d='M{LEFT} {y:.1f}H{WIDTH - RIGHT}' stroke='var(--line)'/>"
         yield f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{_number(shown)}</text>"
@@ -315,6 +314,17 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     size = next(power * unit for unit in (1, 2, 5, 10, 20) if power * unit >= rough)
     first, last = math.ceil(low / size), math.floor(high / size)
     return [number * size for number in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from 10**low to 10**high: 1, 2 and 5 of each decade, or of many only 1."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    units = (1, 2, 5) if len(decades) <= 4 else (1,)
+    found = [unit * 10.0**decade for decade in decades for unit in units]
+    found = [value for value in found if low <= math.log10(value) <= high]
+    if len(found) < 2:
+        return [value for value in ticks(10**low, 10**high) if value > 0]
+    return found[:: math.ceil(len(found) / 9)]
 
 
 def _line(

@@ -379,7 +379,7 @@ def test_faults_that_do_not_end_stop_the_run_and_the_last_checkpoint_is_from_bef
 ):
     config = small_run(text, save_every=1)
     faults("batch_read:nan@4,batch_read:nan@7-99")
-    with pytest.raises(DivergenceError, match=r"5 steps.*up to step 11.*of step [56], is from") as end:
+    with pytest.raises(DivergenceError, match=r"up to step 11.*of step [56], is from") as end:
         fit(config, tmp_path)
     assert explain(end.value)[0] == 5
     assert Checkpoints(tmp_path).steps() == [5, 6]

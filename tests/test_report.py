@@ -15,7 +15,7 @@ import pytest
 from gptjax import cli
 from gptjax.config import Config, DataConfig
 from gptjax.events import read_events
-from gptjax.page import downsample, page, ticks, write_page
+from gptjax.page import downsample, log_ticks, page, ticks, write_page
 from gptjax.report import PARTS, facts, goodput, read, summary
 from gptjax.rundir import save_run
 from gptjax.tokenizer import ByteTokenizer
@@ -85,6 +85,10 @@ def test_steps_that_are_lost_twice_count_twice():
     assert found.parts["done again"] == pytest.approx(3.0 + 4.0 + 2.5)
     assert found.parts["productive"] == pytest.approx(2.5 + 5.0)
     assert found.steps == 10
+    fourth = start(157.0, 2, 4)  # and all of the third, and steps 3 to 5 of the first
+    found = goodput([*KILLED, *second, *third, fourth])
+    assert found.lost_steps == 14 + 5 + 3
+    assert found.parts["productive"] == pytest.approx(1.0)
 
 
 def test_a_rollback_loses_steps_too():
@@ -227,6 +231,14 @@ def test_ticks_are_round_and_few(ends):
     found = ticks(*ends)
     assert 2 <= len(found) <= 7
     assert all(ends[0] - 1e-12 <= tick <= ends[1] * (1 + 1e-9) for tick in found)
+
+
+@pytest.mark.parametrize("ends", [(-0.03, 0.02), (-0.4, 0.9), (-7.2, 30.5)])
+def test_ticks_of_a_logarithm_are_round_and_few(ends):
+    found = log_ticks(*ends)
+    assert 2 <= len(found) <= 9
+    assert all(ends[0] <= math.log10(tick) <= ends[1] for tick in found)
+    assert all(float(f"{tick:.3g}") == pytest.approx(tick) for tick in found)
 
 
 # --- a real run ----------------------------------------------------------------------------------
