@@ -1,4 +1,4 @@
-"""The command line: `gptjax prepare | train | generate | predict | inspect | data | tokenizer`.
+"""The command line, `gptjax VERB`: prepare, train, generate, predict, inspect, prune, data, ...
 
 The only folder that reads arguments. JAX is imported by a verb, after its arguments have passed the
 checks, so `--help` and refusals are quick.
@@ -15,17 +15,9 @@ from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
 from gptjax.cli.corpora import Prepare, prepare
+from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
 from gptjax.cli.ledger import Data, data
-from gptjax.cli.runs import (
-    Generate,
-    Inspect,
-    Predict,
-    Train,
-    generate,
-    inspect,
-    predict,
-    train,
-)
+from gptjax.cli.runs import Generate, Predict, Train, generate, predict, train
 from gptjax.cli.tokenizers import (
     EncodeText,
     InspectTokenizer,
@@ -69,6 +61,7 @@ VERBS = {
     "generate": (generate, Generate),
     "predict": (predict, Predict),
     "inspect": (inspect, Inspect),
+    "prune": (prune, Prune),
     "data": (data, Data),
     "tokenizer train": (train_tokenizer, TrainTokenizer),
     "tokenizer inspect": (inspect_tokenizer, InspectTokenizer),
