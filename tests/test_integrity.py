@@ -1,13 +1,22 @@
 """Laws of integrity.py: no byte of a step and no bit of a value changes without notice."""
 
+import hashlib
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_checkpoint import make_state, mesh_of, on
+from mutations import damaged_copy
+from test_checkpoint import assert_same, like_on, make_state, mesh_of, on, saved
 
-from gptjax.integrity import describe, jit_fingerprint
+from gptjax import integrity
+from gptjax.checkpoint import Checkpoints
+from gptjax.integrity import MANIFEST, damage, describe, jit_fingerprint, read_manifest
+from gptjax.rundir import CheckpointError
 
 
 def fingerprints(tree):
@@ -77,3 +86,95 @@ def test_numbers_of_eight_bytes_have_fingerprints():
         )
         assert (fingerprints([leaf])[0] != fingerprints([low])[0]).tolist() == [True, True, False]
         assert fingerprints([placed]).tolist() == fingerprints([leaf.reshape(2, 3)]).tolist()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    saved(run_dir, 5, 10)
+    return run_dir
+
+
+def test_every_file_is_in_the_manifest_with_its_sum(run_dir):
+    folder = run_dir / "checkpoints/10"
+    manifest = read_manifest(folder)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {*manifest.files} == files - {MANIFEST}
+    for name, (size, digest) in manifest.files.items():
+        content = (folder / name).read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
+    assert damage(folder, hashes=True) == []
+
+
+def test_no_byte_of_a_manifest_can_change_without_notice(run_dir, tmp_path):
+    content = (run_dir / "checkpoints/10" / MANIFEST).read_bytes()
+    draw = random.Random(0)
+    for place in draw.sample(range(len(content)), 100):
+        changed = bytearray(content)
+        changed[place] = draw.choice([*{*range(256)} - {content[place]}])
+        (tmp_path / MANIFEST).write_bytes(changed)
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_manifest(tmp_path)
+    for other in (content + b" ", content[:-1], b"", b"[]", b"[" * 10**5):
+        (tmp_path / MANIFEST).write_bytes(other)
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_manifest(tmp_path)
+
+
+def test_a_manifest_of_another_format_says_so(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(integrity, "FORMAT", "gptjax-9")
+    with pytest.raises(CheckpointError, match=r"format 'gptjax-2', but .* reads 'gptjax-9'"):
+        read_manifest(run_dir / "checkpoints/10")
+    with pytest.raises(CheckpointError, match="older version"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("times", [12, pytest.param(500, marks=pytest.mark.slow)])
+def test_damage_is_found_and_the_step_before_is_restored(run_dir, tmp_path, times):
+    """And the verdict of `verify` is that of `restore`."""
+    like, draw = like_on(mesh_of(fsdp=1), make_state()), random.Random(times)
+    for time in range(times):
+        copy = tmp_path / "copy"
+        what = damaged_copy(run_dir, copy, 10, draw)
+        checkpoints = Checkpoints(copy)
+        assert checkpoints.verify(10), what
+        with pytest.raises(CheckpointError, match="is damaged"):
+            checkpoints.restore(like, 10)
+        if time % 5 == 0:
+            assert_same(checkpoints.restore(like), make_state(5))
+    assert Checkpoints(run_dir).verify(10) == []
+    assert_same(Checkpoints(run_dir).restore(like), make_state(10))
+
+
+@pytest.mark.slow
+def test_readers_get_a_whole_step_while_the_trainer_replaces_and_removes_them(tmp_path):
+    stop, like = threading.Event(), like_on(mesh_of(fsdp=1), make_state())
+
+    def rotate():
+        with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+            while not stop.is_set():
+                for step in (1, 2, 3):
+                    checkpoints.save(step, make_state(step), wait=True)
+                checkpoints.abandon_after(2)
+
+    saved(tmp_path, 1)
+    with ThreadPoolExecutor(1) as trainer:
+        rotating = trainer.submit(rotate)
+        try:
+            for _ in range(60):
+                state = Checkpoints(tmp_path).restore(like)
+                assert any(same(state, make_state(step)) for step in (1, 2, 3))
+        finally:
+            stop.set()
+        rotating.result()
+
+
+def same(left, right) -> bool:
+    try:
+        assert_same(left, right)
+    except AssertionError:
+        return False
+    return True
