@@ -7,6 +7,8 @@ the fingerprints of its values.
 
 import contextlib
 import errno
+import itertools
+import json
 import logging
 import shutil
 import time
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed
 from jax.sharding import NamedSharding
 
 from gptjax.arrays import begin_save, error_number, load, load_plain, quiet, reason
@@ -27,6 +29,7 @@ from gptjax.integrity import (
     MANIFEST,
     Manifest,
     NotFiniteError,
+    by_path,
     changed,
     damage,
     describe,
@@ -43,6 +46,7 @@ ROOM = 1.2  # free space that a save must find, in sizes of the last one
 ATTEMPTS = 100  # to read a step while a trainer removes steps
 # Steps after a save at which the processes of a run ask each other how it went, and how often then.
 MEETINGS, MEET_EVERY = (1, 2, 4, 8, 16, 32), 64
+MEETING_TIMEOUT = 3600  # seconds; process 0 may have to hash all of a large step meanwhile
 
 State = TypeVar("State", bound=NamedTuple)  # with fields params, opt_state, and any scalar arrays
 
@@ -126,6 +130,30 @@ class Checkpoints:
         """The last of `steps`."""
         return max(self.steps(), default=None)
 
+    def candidates(self) -> list[int]:
+        """All that is named as a step, whole or damaged, ascending."""
+        return self._steps.candidates()
+
+    def known(self, step: int) -> int:
+        """The step, which somebody asks for.
+
+        Raises:
+          CheckpointError: if it is not there.
+        """
+        candidates = self._steps.candidates()
+        if not candidates:
+            raise self._nothing()
+        if step not in candidates:
+            known = ", ".join(map(str, candidates))
+            raise CheckpointError(
+                f"{self._steps.folder.parent} has no checkpoint of step {step}: give one of {known}"
+            )
+        return step
+
+    def num_bytes(self, step: int) -> int:
+        """The size of a step on the disk."""
+        return num_bytes(self._steps / step)
+
     def latest_valid(self) -> int | None:
         """The newest step that is what was saved, byte for byte; None if there is no step at all.
 
@@ -147,7 +175,7 @@ class Checkpoints:
           CheckpointError: if there is no such step, or it is damaged.
         """
         for _ in range(ATTEMPTS):
-            found = self._known(step) if step is not None else self.latest()
+            found = self.known(step) if step is not None else self.latest()
             if found is None:
                 raise self._nothing()
             with contextlib.suppress(CheckpointError):
@@ -219,6 +247,14 @@ class Checkpoints:
         """As `restore`, but the parameters alone: the rest is neither read nor compared."""
         return self._restore({"params": like}, step)["params"]
 
+    def read_params(self, step: int | None = None) -> tuple[int, dict[str, np.ndarray]]:
+        """A step, None: the newest that is whole, and its parameters by path, from one device."""
+        found = self._choose(step, {}, None)
+        if found is None:
+            raise self._nothing()
+        params = by_path(load_plain(self._steps / found, "params"))
+        return found, {path: np.asarray(leaf) for path, leaf in params.items()}
+
     def _restore(self, like: dict[str, Any], step: int | None) -> dict[str, Any]:
         refused: dict[int, list[str]] = {}
         for _ in range(ATTEMPTS):
@@ -274,7 +310,7 @@ class Checkpoints:
     ) -> int | None:
         for _ in range(ATTEMPTS):
             if step is not None:
-                candidates = [self._known(step)]
+                candidates = [self.known(step)]
             else:
                 candidates = [one for one in self._steps.candidates() if one not in refused]
             for candidate in reversed(candidates):
@@ -319,22 +355,6 @@ class Checkpoints:
         except OSError:
             return None
 
-    def _known(self, step: int) -> int:
-        """A step that somebody asks for.
-
-        Raises:
-          CheckpointError: if it is not there.
-        """
-        candidates = self._steps.candidates()
-        if not candidates:
-            raise self._nothing()
-        if step not in candidates:
-            known = ", ".join(map(str, candidates))
-            raise CheckpointError(
-                f"{self._steps.folder.parent} has no checkpoint of step {step}: give one of {known}"
-            )
-        return step
-
     def _nothing(self) -> CheckpointError:
         run_dir = self._steps.folder.parent
         return CheckpointError(f"{run_dir} has no checkpoint: give another run, or train it")
@@ -377,8 +397,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._steps.folder.mkdir(parents=True, exist_ok=True)
             self._steps.clear()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the folder of checkpoints is clear")
+        _agree()
         self._background = self._open.enter_context(ThreadPoolExecutor(1, "checkpoint"))
         self._open.enter_context(quiet())
         return self
@@ -474,8 +493,7 @@ class Checkpoints:
         with contextlib.suppress(OSError):  # a save that failed of a step that is given up
             self.wait()
         later = [one for one in self._steps.candidates() if one > step]
-        if jax.process_count() > 1:  # all have listed them
-            multihost_utils.sync_global_devices("later steps are listed")
+        _agree()  # all have listed them
         if jax.process_index() == 0:
             for one in later:
                 self._steps.set_aside(one, ABANDONED)
@@ -507,6 +525,8 @@ class Checkpoints:
         began = time.monotonic()
         # Dispatched before the state is copied, for both only read it.
         sums = (self._fingerprint or jit_fingerprint(items))(items)
+        if jax.process_count() > 1 and jax.default_backend() == "cpu":
+            sums.block_until_ready()  # Gloo mixes up the messages of what runs at the same time
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), items)
         try:
             written = begin_save(self._steps.saving(step), items)
@@ -629,11 +649,24 @@ class Checkpoints:
         )
 
 
+# Every process counts the same meetings; what they meet in is one for the process too.
+_meetings = itertools.count()
+
+
 def _agree(*numbers: int | bool) -> np.ndarray:
-    """The numbers of each process, a row each, in all processes."""
+    """The numbers of each process, a row each, in all processes; nobody goes on before all are
+    there. It takes no device, so it neither waits for a step nor meets its messages.
+    """
+    own = [int(number) for number in numbers]
     if jax.process_count() == 1:
-        return np.array([numbers], np.int32)
-    return np.asarray(multihost_utils.process_allgather(np.array(numbers, np.int32)))
+        return np.array([own])
+    client, meeting = distributed.global_state.client, f"gptjax/checkpoint/{next(_meetings)}"
+    client.key_value_set(f"{meeting}/{jax.process_index()}", json.dumps(own))
+    rows = [
+        json.loads(client.blocking_key_value_get(f"{meeting}/{index}", 1000 * MEETING_TIMEOUT))
+        for index in range(jax.process_count())
+    ]
+    return np.array(rows)
 
 
 def _items(state: State) -> dict[str, Any]:

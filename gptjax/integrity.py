@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.rundir import CheckpointError, sync
 
@@ -179,37 +179,92 @@ def _sha256(path: Path) -> str:
 # --- values --------------------------------------------------------------------------------------
 
 
-def fingerprint(tree: Any) -> jax.Array:
-    """Two sums of each leaf's bits, uint32, and how many of its numbers are not finite: [leaf, 3].
+def jit_fingerprint(like: Any) -> Callable[[Any], jax.Array]:
+    """A compiled function of trees that lie as this one does: two sums of each leaf's bits, and how
+    many of its numbers are not finite, as uint32 [leaf, 3] that every process can read.
 
     Each word is multiplied by an odd number made of its index, so the sums modulo 2^32 change with
     any single element, and with elements that change places. Sums of integers do not depend on
-    their order, and so not on the mesh. On the devices it is one pass over the state, which
-    takes no memory.
+    their order, and so not on the mesh. On the devices it is one pass over the state, which takes
+    no memory, and one message.
     """
-    return jnp.stack([jnp.stack(_sums(leaf)) for leaf in jax.tree.leaves(tree)])
+    leaves, structure = jax.tree.flatten(like)
+    shardings = [leaf.sharding for leaf in leaves]
+    if not all(isinstance(sharding, NamedSharding) for sharding in shardings):
+        return _jit(None, (), structure)
+    return _jit(shardings[0].mesh, tuple(sharding.spec for sharding in shardings), structure)
 
 
-def _sums(leaf: jax.Array) -> tuple[jax.Array, ...]:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    infinite = jnp.zeros(leaf.shape, jnp.uint32)
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
-        infinite = (~jnp.isfinite(leaf)).astype(jnp.uint32)
-    words = _words(leaf)
-    infinite = infinite.reshape(infinite.shape + (1,) * (words.ndim - infinite.ndim))
-    infinite = jnp.broadcast_to(infinite, words.shape)
+@functools.cache  # of compiled functions, which JAX keeps by the function it is given
+def _jit(mesh: Mesh | None, specs: tuple[PartitionSpec, ...], structure: Any) -> Callable:
+    def of_one_device(tree: Any) -> jax.Array:
+        leaves = _unwrapped(tree)
+        return jnp.stack([_sums(leaf, [0] * leaf.ndim, leaf.shape) for leaf in leaves])
+
+    def of_a_mesh(tree: Any) -> jax.Array:
+        leaves = tuple(_unwrapped(tree))
+        each = functools.partial(of_a_device, shapes=[leaf.shape for leaf in leaves])
+        return jax.shard_map(
+            each, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False
+        )(leaves)
+
+    def of_a_device(blocks: tuple[jax.Array, ...], shapes: list[tuple[int, ...]]) -> jax.Array:
+        rows = []
+        for block, shape, spec in zip(blocks, shapes, specs, strict=True):
+            axes = [_axes(entry) for entry in spec] + [()] * (block.ndim - len(spec))
+            begin = [_place(names) * size for names, size in zip(axes, block.shape, strict=True)]
+            copied = [name for name in mesh.axis_names if not any(name in names for names in axes)]
+            first = _place(copied) == 0  # of the devices that have the same block
+            rows.append(jnp.where(first, _sums(block, begin, shape), 0))
+        return lax.psum(jnp.stack(rows), mesh.axis_names)
+
+    return jax.jit(of_a_mesh if mesh else of_one_device)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes that an entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _place(axes: Collection[str]) -> jax.Array | int:
+    """Which of the blocks along some axes a device has."""
+    return lax.axis_index(tuple(axes)) if axes else 0
+
+
+def _unwrapped(tree: Any) -> list[jax.Array]:
+    """The leaves, keys of random numbers as the words that they are."""
+    return [
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def _sums(block: jax.Array, begin: Sequence[jax.Array | int], shape: tuple[int, ...]) -> jax.Array:
+    """What a block of a leaf adds to its row of `jit_fingerprint`.
+
+    Args:
+      begin: where the block begins, in each dimension.
+      shape: of the leaf.
+    """
+    words = _words(block)
+    if words.ndim > block.ndim:  # two words an element
+        begin, shape = [*begin, 0], (*shape, words.shape[-1])
     index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for dimension in reversed(range(words.ndim)):
         place = lax.broadcasted_iota(jnp.uint32, words.shape, dimension)
-        index, stride = index + place * np.uint32(stride % 2**32), stride * words.shape[dimension]
+        place = place + jnp.asarray(begin[dimension], jnp.uint32)
+        index, stride = index + place * np.uint32(stride % 2**32), stride * shape[dimension]
     lanes = [words * (_mix(index ^ np.uint32(lane)) | 1) for lane in (0, 0x9E3779B9)]
-    # One reduction of three operands, for three would each be a pass over the leaf.
-    return lax.reduce(
-        (*lanes, infinite),
-        (np.uint32(0),) * 3,
-        lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
-        tuple(range(words.ndim)),
+    finite = jnp.isfinite(block) if jnp.issubdtype(block.dtype, jnp.inexact) else block == block
+    bad = (~finite).astype(jnp.uint32).reshape(block.shape + (1,) * (words.ndim - block.ndim))
+    # One reduction of three operands, for three would each be a pass over the block.
+    return jnp.stack(
+        lax.reduce(
+            (*lanes, jnp.broadcast_to(bad, words.shape)),
+            (np.uint32(0),) * 3,
+            lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True)),
+            tuple(range(words.ndim)),
+        )
     )
 
 
@@ -230,20 +285,8 @@ def _mix(word: jax.Array) -> jax.Array:
     return word ^ (word >> 16)
 
 
-def jit_fingerprint(like: Any) -> Callable[[Any], jax.Array]:
-    """`fingerprint` of trees that lie as this one does; all processes can read what it returns."""
-    sharding = jax.tree.leaves(like)[0].sharding
-    on_a_mesh = isinstance(sharding, NamedSharding)
-    return _jit(NamedSharding(sharding.mesh, PartitionSpec()) if on_a_mesh else None)
-
-
-@functools.cache  # of compiled functions, which JAX keeps by the function it is given
-def _jit(sharding: NamedSharding | None) -> Callable[[Any], jax.Array]:
-    return jax.jit(fingerprint, out_shardings=sharding)
-
-
 def describe(tree: Any, sums: np.ndarray) -> dict[str, Leaf]:
-    """The leaves of a tree by path, with what `fingerprint` found."""
+    """The leaves of a tree by path, with what `jit_fingerprint` found."""
     return {
         path: Leaf(str(leaf.dtype), tuple(leaf.shape), f"{one:08x}{other:08x}")
         for (path, leaf), (one, other, _) in zip(by_path(tree).items(), sums.tolist(), strict=True)
@@ -251,7 +294,7 @@ def describe(tree: Any, sums: np.ndarray) -> dict[str, Leaf]:
 
 
 def refuse_not_finite(tree: Any, sums: np.ndarray, step: int) -> None:
-    """Refuse a state by what `fingerprint` found.
+    """Refuse a state by what `jit_fingerprint` found.
 
     Raises:
       NotFiniteError: naming the leaves.

@@ -122,15 +122,10 @@ def test_all_processes_save_the_same_step_when_one_is_told_to_stop(folder, whole
 def test_a_fault_in_one_process_is_skipped_by_both_and_both_go_back(folder, monkeypatch):
     """Which then are as if they had never seen those batches."""
     options = ["--guard.rollback-after", "2", "--mesh.data", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
-    first = start(folder, "back", *options, *launch, "0")
-    monkeypatch.setenv("GPTJAX_FAULT", "batch_read:nan@3,batch_read:nan@6-7")
-    second = start(folder, "back", *options, *launch, "1")
-    monkeypatch.delenv("GPTJAX_FAULT")
-    for process in (first, second):
+    both = start_processes(
+        folder, "back", 2, *options, faults=("", "batch_read:nan@3,batch_read:nan@6-7")
+    )
+    for process in both:
         finish(process)
     (went_back,) = json.loads((folder / "back" / "rollbacks.json").read_text())
     assert went_back == {"first": 6, "last": 7, "step": 7, "to_step": 4}

@@ -14,18 +14,10 @@ from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
 from gptjax.cli.corpora import Prepare, prepare
+from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
 from gptjax.cli.ledger import Data, data
 from gptjax.cli.reports import Report, report
-from gptjax.cli.runs import (
-    Generate,
-    Inspect,
-    Predict,
-    Train,
-    generate,
-    inspect,
-    predict,
-    train,
-)
+from gptjax.cli.runs import Generate, Predict, Train, generate, predict, train
 from gptjax.cli.tokenizers import (
     EncodeText,
     InspectTokenizer,
@@ -46,6 +38,7 @@ VERBS = {
     "generate": (generate, Generate),
     "predict": (predict, Predict),
     "inspect": (inspect, Inspect),
+    "prune": (prune, Prune),
     "report": (report, Report),
     "data": (data, Data),
     "tokenizer train": (train_tokenizer, TrainTokenizer),

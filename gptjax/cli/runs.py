@@ -1,10 +1,10 @@
-"""The verbs of a run: `gptjax train | generate | predict | inspect`."""
+"""The verbs of a run: `gptjax train | generate | predict`."""
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,7 +16,6 @@ from gptjax.config import (
     NotNegative,
     Probability,
     Whole,
-    to_json,
 )
 from gptjax.events import process_began
 from gptjax.rundir import refuse_busy
@@ -65,14 +64,6 @@ class Predict:
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
     top: Count = 10  # tokens that are printed
-    step: Whole | None = None  # of the checkpoint; None: the newest
-    debug: bool = False  # show the traceback of an error
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """List the steps, the config and the parameters of the run directory RUN."""
-
     step: Whole | None = None  # of the checkpoint; None: the newest
     debug: bool = False  # show the traceback of an error
 
@@ -183,51 +174,6 @@ def token_text(tokenizer: "Tokenizer", token: int) -> str:
         return repr(given.decode())
     except UnicodeDecodeError:  # a part of a character
         return repr(given)
-
-
-def inspect(run_dir: str, given: Inspect) -> None:
-    """Print what a run directory holds, on one CPU whatever wrote it."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    from gptjax.checkpoint import Checkpoints
-    from gptjax.model import param_letters
-    from gptjax.resume import read_fork
-    from gptjax.rundir import read_run
-
-    config, _ = read_run(Path(run_dir))
-    checkpoints = Checkpoints(Path(run_dir))
-    print(f"run {run_dir}")
-    for origin in read_fork(Path(run_dir)):
-        print(f"fork of {origin.run} at step {origin.step}")
-    print(f"steps {', '.join(map(str, checkpoints.steps())) or 'none yet'}")
-    print(f"config {to_json(config)}", end="")
-    if given.step is None and not checkpoints.steps():
-        return
-    stored = checkpoints.stored(given.step)
-    axes = " x ".join(f"{axis} {size}" for axis, size in stored.mesh.items() if size > 1)
-    print(f"parameters of step {stored.step}, written on {axes or 'one device'}")
-    print(_parameter_table(stored.params, param_letters(config.model)))
-
-
-def _parameter_table(params: Any, letters: Any) -> str:
-    """A line for each parameter: path, letters, shape, dtype, bytes; and their sums."""
-    import jax
-
-    rows, count, size = [("parameter", "letters", "shape", "dtype", "bytes")], 0, 0
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), dimensions in zip(leaves, jax.tree.leaves(letters), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape, nbytes = " x ".join(map(str, leaf.shape)), leaf.size * leaf.dtype.itemsize
-        rows.append((name, dimensions, shape, str(leaf.dtype), f"{nbytes:,}"))
-        count, size = count + leaf.size, size + nbytes
-    rows.append((f"{count:,} parameters", "", "", "", f"{size:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        *words, number = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([*words, number.strip().rjust(widths[-1])]))
-    return "\n".join(lines)
 
 
 def load_model(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "Tokenizer"]:
