@@ -21,6 +21,7 @@ ORDER = (
     "sources",
     "files",
     "store",
+    "message",
     "pool",
     "survey",
     "layout",
