@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -240,4 +241,9 @@ def run_on_beam(
 
 
 def _call(item: str, function: str) -> None:
-    from_text(function)(from_text(item), lambda num_bytes: None)
+    _function_of(function)(from_text(item), lambda num_bytes: None)
+
+
+@cache  # what comes with it, such as a tokenizer, may take a while to load
+def _function_of(text: str) -> Function:
+    return from_text(text)
