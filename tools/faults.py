@@ -823,6 +823,7 @@ def configs(
             accepted.append(given)
         outcome.check(code == 2, f"{given}: code {code}, {command.last_line()}")
         outcome.check("gptjax: error[2]" in said, f"{given}: no such line in {said!r}")
+        outcome.check("import of jax" not in said, f"{given}: JAX is imported before it is refused")
         outcome.check(not (lab.folder / run).exists(), f"{given}: something is written")
         if kind == "misspelt":
             misspelt += 1
@@ -975,7 +976,7 @@ def run(name: str, lab: Lab, arguments: dict[str, Any]) -> Outcome:
     accepts = CAMPAIGNS[name].__kwdefaults__
     arguments = {key: value for key, value in arguments.items() if key in accepts}
     total = arguments.get("count", accepts.get("count"))
-    with tqdm(desc=name, total=total, unit="trial") as bar:
+    with tqdm(desc=name, total=total, unit="trial", mininterval=1) as bar:
         outcome = CAMPAIGNS[name](lab, **arguments, tell=bar.update)
     print(outcome.to_json(), flush=True)
     return outcome

@@ -20,7 +20,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAIN = "import sys; from gptjax.cli import main; sys.exit(main())"
 EXPERIMENT = """
-from gptjax import *
+from gptjax import Config, DataConfig, GPTConfig, OptimizerConfig, SampleConfig
 
 def config():
     return Config(
