@@ -126,7 +126,7 @@ class Tally:
     lost: list[int] = field(default_factory=list)  # steps of a kill
     exit_seconds: list[float] = field(default_factory=list)  # of the other processes
     codes: Counter = field(default_factory=Counter)  # of the other processes
-    start_seconds: float = 4.0  # to the first step, as last seen
+    start_seconds: float = 0.0  # to the first step, as last seen
 
 
 @dataclass
@@ -160,7 +160,7 @@ def kills(
     options = ("--steps", str(steps))
     whole = lab.undisturbed(*options, processes=processes)
     outcome = Outcome("kills", {"processes": processes, "steps": steps})
-    tally = Tally(outcome)
+    tally = Tally(outcome, start_seconds=lab.start_seconds)
     shares = [count // jobs + (job < count % jobs) for job in range(jobs)]
     lives: list[Life] = []
 

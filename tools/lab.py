@@ -97,6 +97,7 @@ class Lab:
         lines = [f"{a} and {b} is {a + b}" for a, b in rng.integers(0, 500, (6000, 2)).tolist()]
         (self.folder / "text.txt").write_text("\n".join(lines))
         self.known: dict[tuple, str] = {}  # names of undisturbed runs, by what was asked for
+        self.start_seconds = 0.0  # to the first step of the last of them
 
     def command(
         self, *words: str, fault: str = "", name: str = "command", program: str = MAIN
@@ -161,24 +162,24 @@ class Lab:
             for one in started:
                 one.end()
 
-    def finish(self, run: str, *options: str, processes: int = 1) -> list[Command]:
+    def finish(self, run: str, *options: str, processes: int = 1) -> None:
         """Let a run come to its end.
 
         Raises:
           AssertionError: if it does not end with 0.
         """
         with self.running(run, *options, processes=processes) as commands:
-            for one in commands:
-                code = one.wait()
-                assert code == 0, f"code {code}:\n{one.text()[-3000:]}"
-        return commands
+            _end_well(commands)
 
     def undisturbed(self, *options: str, processes: int = 1) -> str:
         """The name of a run that nothing disturbed, made when it is first asked for."""
         asked = (*options, processes)
         if asked not in self.known:
             run = f"undisturbed-{len(self.known)}"
-            self.finish(run, *options, processes=processes)
+            with self.running(run, *options, processes=processes) as commands:
+                wait_until(lambda: self.last_logged(run), commands)
+                self.start_seconds = time.monotonic() - commands[0].began
+                _end_well(commands)
             self.known[asked] = run
         return self.known[asked]
 
@@ -235,6 +236,12 @@ class Lab:
                 if self.mark.encode() in (folder / "environ").read_bytes() and state != "Z":
                     found.append(int(folder.name))
         return found
+
+
+def _end_well(commands: Sequence[Command]) -> None:
+    for one in commands:
+        code = one.wait()
+        assert code == 0, f"code {code}:\n{one.text()[-3000:]}"
 
 
 def free_port() -> int:
