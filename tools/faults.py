@@ -64,6 +64,7 @@ from tqdm import tqdm
 from gptjax.faults import POINTS
 
 SAVE_EVERY = 5  # of the experiment
+TRAINING_SHARE = 0.7  # of kills, that fall after the first step of a life
 GONE_SECONDS = 30  # after which no process of a run is left that has lost one
 LEAST_CODE, MOST_CODE = 42, 44  # of a process that ends because of another
 
@@ -129,6 +130,14 @@ class Tally:
     start_seconds: float = 0.0  # to the first step, as last seen
 
 
+@dataclass(frozen=True)
+class Instant:
+    """When to kill."""
+
+    in_training: bool
+    seconds: float  # after the first step of a life; otherwise after its start
+
+
 @dataclass
 class Life:
     """A run that is killed and started again, and what is known of it."""
@@ -155,7 +164,7 @@ def kills(
     """Kill runs at random instants, until so many kills were survived.
 
     Args:
-      span: seconds of training in which a kill may fall; it may as well fall into the start.
+      span: seconds after its first step in which a kill may fall. Some fall before.
     """
     options = ("--steps", str(steps))
     whole = lab.undisturbed(*options, processes=processes)
@@ -171,8 +180,12 @@ def kills(
             life = Life(f"kills-{processes}-{number}-{killed}", options, processes)
             lives.append(life)
             while True:
-                instant = draw.uniform(0, tally.start_seconds + span)
-                if not _live(lab, life, instant if killed < share else None, draw, tally):
+                instant = None
+                if killed < share:
+                    in_training = draw.random() < TRAINING_SHARE
+                    most = span if in_training else tally.start_seconds
+                    instant = Instant(in_training, draw.uniform(0, most))
+                if not _live(lab, life, instant, draw, tally):
                     break
                 killed += 1
                 tell(1)
@@ -198,38 +211,41 @@ def kills(
     return outcome
 
 
-def _live(lab: Lab, life: Life, instant: float | None, draw: random.Random, tally: Tally) -> bool:
-    """Start a run, and kill it after so many seconds; whether it was still there."""
-    had_steps = lab.saved(life.run)
+def _live(lab: Lab, life: Life, instant: Instant | None, draw: random.Random, tally: Tally) -> bool:
+    """Start a run, and kill it; whether it was still there."""
+    had_steps, logged, most_lost = lab.saved(life.run), life.logged, life.most_lost
     with lab.running(life.run, *life.options, processes=life.processes) as commands:
         first = commands[0]
         # Processes that wait for one that never came are JAX's concern, with a limit of its own.
         if life.processes > 1 and instant is not None:
             wait_until(lambda: "mesh " in first.text(), commands)
-        began, stepped = time.monotonic(), False
+        began, stepped = time.monotonic(), 0.0
         while any(one.process.poll() is None for one in commands):
-            alive = time.monotonic() - began
-            if not stepped and lab.last_logged(life.run) > (_begun_at(first, had_steps) or 0):
-                stepped = not had_steps or resumed_from(first) is not None
-                if stepped:
-                    tally.start_seconds = alive
-                if stepped and had_steps:
-                    tally.resume_seconds.append(time.monotonic() - first.began)
-            if instant is not None and alive >= instant:
-                _kill(lab, life, commands, stepped, draw, tally)
+            resumed = resumed_from(first) if had_steps else 0
+            if not stepped and resumed is not None and lab.last_logged(life.run) > resumed:
+                stepped = time.monotonic()
+                tally.start_seconds = stepped - began
+                if had_steps:
+                    tally.resume_seconds.append(stepped - first.began)
+            since = stepped if instant and instant.in_training else began
+            if instant and since and time.monotonic() - since >= instant.seconds:
+                _kill(lab, life, commands, bool(stepped), draw, tally)
                 break
             time.sleep(0.02)
         killed = any(one.process.poll() == -signal.SIGKILL for one in commands)
-        _note_resume(life, first, had_steps, tally)
+        resumed = resumed_from(first)
+        if logged and (resumed is not None or not had_steps):  # now it is known what was lost
+            lost = logged - (resumed or 0)
+            tally.lost.append(max(lost, 0))
+            tally.outcome.check(
+                lost <= most_lost,
+                f"{life.run}: goes on from step {resumed} though step {logged} was logged",
+            )
         _note_figures(lab, life, tally)
     if not killed:
         codes = [one.process.returncode for one in commands]
         assert not any(codes), f"{life.run}: ended with {codes}:\n{first.text()[-3000:]}"
     return killed
-
-
-def _begun_at(command: Command, had_steps: list[int]) -> int | None:
-    return resumed_from(command) if had_steps else 0
 
 
 def _kill(
@@ -252,9 +268,8 @@ def _kill(
     removing = any(".deleting" in name for name in unfinished)
     phase = "saving" if saving else "removing" if removing else "training" if stepped else "start"
     tally.phases[phase] += 1
-    if stepped:
-        life.logged = lab.last_logged(life.run)
-        # While a save is on its way the one before is what counts.
+    life.logged = lab.last_logged(life.run)
+    if stepped:  # while a save is on its way the one before is what counts
         life.most_lost = SAVE_EVERY * (2 if saving else 1)
     for i, other in enumerate(commands):
         if i == victim:
@@ -276,21 +291,6 @@ def _kill(
         )
     if life.processes > 1:
         tally.exit_seconds.append(time.monotonic() - began)
-
-
-def _note_resume(life: Life, first: Command, had_steps: list[int], tally: Tally) -> None:
-    """Once a run goes on it is known what its last kill has lost."""
-    resumed = resumed_from(first)
-    if resumed is None and had_steps:
-        return  # killed before that
-    lost = life.logged - (resumed or 0)
-    if life.logged:
-        tally.lost.append(max(lost, 0))
-        tally.outcome.check(
-            lost <= life.most_lost,
-            f"{life.run}: goes on from step {resumed} though step {life.logged} was logged",
-        )
-    life.logged = 0
 
 
 def _note_figures(lab: Lab, life: Life, tally: Tally) -> None:

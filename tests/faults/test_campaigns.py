@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 JOBS = 2  # runs at once: a run starts on one core
 # Limits in seconds are for a quiet machine, and a test must not depend on that.
 PATIENCE = 4.0
-SPAN = 1.0  # seconds of training in which a kill may fall
+SPAN = 0.4  # seconds after the first step in which a kill may fall
 
 pytestmark = pytest.mark.slow
 
