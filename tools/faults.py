@@ -608,7 +608,13 @@ def signals(
         for phase, (fault, limit) in PHASES.items():
             before = lab.saved(run)
             with lab.running(run, *options, fault=fault) as [command]:
-                took = _send(lab, run, command, [command], number, outcome, f"{name} in {phase}")
+                try:
+                    took = _send(
+                        lab, run, command, [command], number, outcome, f"{name} in {phase}"
+                    )
+                except Late as late:
+                    outcome.problems.append(f"{name} in {phase}: {late}")
+                    continue
             seconds[f"{name} in {phase}"] = round(took, 2)
             outcome.check(took <= limit * patience, f"{name} in {phase}: {took:.1f} seconds")
             if phase in ("compile", "restore"):
@@ -977,7 +983,10 @@ def run(name: str, lab: Lab, arguments: dict[str, Any]) -> Outcome:
     arguments = {key: value for key, value in arguments.items() if key in accepts}
     total = arguments.get("count", accepts.get("count"))
     with tqdm(desc=name, total=total, unit="trial", mininterval=1) as bar:
-        outcome = CAMPAIGNS[name](lab, **arguments, tell=bar.update)
+        try:
+            outcome = CAMPAIGNS[name](lab, **arguments, tell=bar.update)
+        except AssertionError as error:  # a run that was to end well did not
+            outcome = Outcome(name, problems=[str(error)])
     print(outcome.to_json(), flush=True)
     return outcome
 
