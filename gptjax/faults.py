@@ -10,6 +10,7 @@ costs one look into an empty dict. The command line arms what the environment's 
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from typing import NamedTuple
@@ -90,6 +91,8 @@ def at(point: str) -> bool:
 
 
 def _happen(fault: _Fault, point: str) -> None:
+    # Whoever armed it may wait for this.
+    print(f"gptjax: fault on purpose: {fault.action} at {point}", file=sys.stderr, flush=True)
     match fault.action:
         case "kill9":
             os.kill(os.getpid(), signal.SIGKILL)

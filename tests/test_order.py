@@ -22,6 +22,7 @@ ORDER = (
     "sources",
     "files",
     "store",
+    "message",
     "pool",
     "survey",
     "layout",
