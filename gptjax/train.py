@@ -2,24 +2,14 @@
 
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
 import math
-import os
-import queue
-import re
-import socket
-import statistics
 import sys
-import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,21 +17,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, ConfigError, GPTConfig, check, to_json
-from gptjax.corpus import load_corpus
+from gptjax.clock import Clock, DeviceWatch
+from gptjax.config import Config, ConfigError, check
 from gptjax.data import (
     Batch,
-    Exclusion,
-    Member,
     Rollback,
     Rows,
     batch_at,
     check_epochs,
-    check_rows,
     exclude,
     pass_over,
     prefetch,
-    read_exclusions,
     read_rollbacks,
     write_exclusions,
     write_rollbacks,
@@ -51,8 +37,8 @@ from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
 from gptjax.generate import Sampling, generate
-from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
-from gptjax.model import Params, abstract_params, resolve
+from gptjax.metrics import Log, read_metrics
+from gptjax.model import Params, resolve
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
 from gptjax.resume import (
     NOTHING_ALLOWED,
@@ -68,12 +54,12 @@ from gptjax.resume import (
     told,
     write_changes,
 )
+from gptjax.rows import load_rows, take_up, with_vocabulary
 from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sharding import local_rows, make_mesh, to_devices
-from gptjax.sources import DataError
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state
 from gptjax.stop import Interrupted, Leaving, Stop
-from gptjax.store import Store
+from gptjax.summary import describe, left_out, summary, versions
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 from gptjax.watchdog import Watchdog
 
@@ -195,7 +181,7 @@ def _fit(
     check(config, jax.device_count())
     tokenizer = make_tokenizer(config.data)
     past = find_past(run_dir, tokenizer, fork_from)
-    config = replace(config, model=_with_vocabulary(config.model, tokenizer))
+    config = replace(config, model=with_vocabulary(config.model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     changes = (
@@ -227,10 +213,10 @@ def _fit(
         start = checkpoints.latest_valid()
         if start is None:
             start = past.step if past else 0
-        exclusions = _take_up(run_dir, start)
+        exclusions = take_up(run_dir, start)
         rollbacks = read_rollbacks(run_dir)
         train_rows = pass_over(exclude(train_rows, exclusions), rollbacks)
-        events.start(start, **_versions(config, mesh))
+        events.start(start, **versions(config, mesh))
         write_changes(events if first else Events(None), start, changes, other_data, past)
         if first:
             keep_past(run_dir, config, start, data)
@@ -244,9 +230,9 @@ def _fit(
             tensorboard=config.tensorboard,
             enabled=first,
         ) as log:
-            log.say(_describe(config, mesh, reason, train_rows, valid_splits))
+            log.say(describe(config, mesh, reason, train_rows, valid_splits))
             if exclusions:
-                log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
+                log.say(f"left out   {left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
             if changes:
                 log.say(told(changes, past, config))
             for change in other_data:
@@ -282,150 +268,6 @@ def _fit(
                 stop.all_is_saved()
                 run.finish(state, run_dir)
     return state
-
-
-def _with_vocabulary(model: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
-    """The model with a vocabulary that holds the tokenizer's."""
-    size = model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {size:,}, but the tokenizer has {tokenizer.vocab_size:,} ids: "
-            "give as many or more, or None to take the tokenizer's"
-        )
-    return replace(model, vocab_size=size)
-
-
-def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
-    """The rows for training, and for validation those of each store that holds some out, by its
-    name in a mixture or by "".
-
-    Process 0 builds the stores that are not there yet; the others wait.
-
-    Raises:
-      DataError: for text or stores that cannot be used.
-    """
-    if jax.process_index() == 0:
-        at("prepare")
-        stores = _load_stores(config, tokenizer, progress=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("stores are built")
-    if jax.process_index() > 0:
-        stores = _load_stores(config, tokenizer, progress=False)
-
-    order = {
-        "context_size": config.model.context_size,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "pad": tokenizer.pad,
-        "end": tokenizer.end,
-    }
-    data = config.data
-    if data.mixture:
-        members = [
-            Member(
-                store=stores[one.name][0],
-                name=one.name,
-                weight=one.weight,
-                weights=one.weights,
-                max_epochs=min(filter(None, (one.max_epochs, data.max_epochs)), default=None),
-            )
-            for one in data.mixture
-        ]
-    else:
-        ((train, _),) = stores.values()
-        members = [Member(store=train, max_epochs=data.max_epochs)]
-    valid = {
-        name: Rows(members=(Member(store=held_out, name=name),), shuffle=False, once=True, **order)
-        for name, (_, held_out) in stores.items()
-        if held_out
-    }
-    return Rows(members=tuple(members), shuffle=data.shuffle, skip=data.skip, **order), valid
-
-
-def _load_stores(
-    config: Config, tokenizer: Tokenizer, *, progress: bool
-) -> dict[str, tuple[Store, Store | None]]:
-    """The stores for training and validation: of each store of a mixture by its name, or of the one
-    that there is by "".
-    """
-    data = config.data
-    # A batch is not of one store alone in a mixture, so that need not fill it.
-    batch_size = 1 if data.mixture else config.batch_size
-
-    def accept(split: str, num_tokens: int) -> None:
-        check_rows(num_tokens, config.model.context_size, batch_size, split)
-
-    load = functools.partial(load_corpus, tokenizer=tokenizer, accept=accept, progress=progress)
-    if not data.mixture:
-        return {"": load(data)}
-    stores = {}
-    for one in data.mixture:
-        own = {name: getattr(one, name) for name in ("path", "exclude", "valid_path", "holdout")}
-        try:
-            stores[one.name] = load(replace(data, mixture=(), **own))
-        except DataError as error:
-            raise DataError(f"data.mixture, {one.name}: {error}") from error
-    return stores
-
-
-def _take_up(run_dir: Path, start: int) -> tuple[Exclusion, ...]:
-    """What the run leaves out, which goes on from a step: what was recorded since it was last
-    started has not been in effect before.
-
-    Raises:
-      DataError: if the record cannot be read, or the processes read different ones.
-    """
-    exclusions = tuple(
-        one if one.taken_up else replace(one, taken_up=True, from_step=start)
-        for one in read_exclusions(run_dir)
-    )
-    if jax.process_count() > 1:
-        digest = np.uint32(zlib.crc32(repr(exclusions).encode()))
-        if len(set(multihost_utils.process_allgather(digest).tolist())) > 1:
-            raise DataError(f"{run_dir}: skipped.json changed just as the run started; start again")
-    return exclusions
-
-
-def _left_out(exclusions: tuple[Exclusion, ...]) -> str:
-    num_tokens = sum(one.stop - one.start for one in exclusions)
-    return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
-
-
-def _describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: dict[str, Rows]) -> str:
-    """What is about to run, in a few lines."""
-    device = mesh.devices.flat[0]
-    model, _ = resolve(config.model, device.platform)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model, mesh)))
-    axes = (
-        " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        or "one device"
-    )
-    steps = f"{config.steps:,} steps of {config.batch_size * model.context_size:,} tokens"
-    read = train.rows_read(config.steps)
-    stores = []
-    for i, member in enumerate(train.members):
-        name = member.name if config.data.mixture else ""
-        held_out = f"{valid[name].num_tokens[0]:,}" if name in valid else "none"
-        epochs = read[i] / train.epoch_rows[i]
-        stores.append(
-            f"{member.store.num_tokens:,} tokens ({held_out} held out), {epochs:.2f} epochs"
-        )
-    if config.data.mixture:
-        shares = [f"{count / read.sum():.1%}" for count in read]
-        width = max(len(member.name) for member in train.members)
-        lines = [
-            f"           {member.name:{width}}  {share:>6} of the rows, {store}"
-            for member, share, store in zip(train.members, shares, stores, strict=True)
-        ]
-        data = "\n".join([f"a mixture, in {steps}", *lines])
-    else:
-        data = f"{stores[0]} in {steps}"
-    return (
-        f"model      {num_params:,} parameters, {model.compute_dtype} compute, "
-        f"attention {model.attention} ({reason})\n"
-        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
-        f"data       {data}"
-    )
 
 
 @dataclasses.dataclass
@@ -508,9 +350,11 @@ class _Run:
         rollback = Rollback(first=batches[0], last=batches[1], step=step, to_step=start)
         self.rollbacks += (rollback,)
         self.rows = pass_over(self.rows, [rollback])
+        self.events.progress()
         if jax.process_index() == 0:
             write_rollbacks(self.run_dir, self.rollbacks)
             self.events.write("rollback", **dataclasses.asdict(rollback))
+        self.events.step = start
         self.log.rewind(start + 1)
         self.log.say(
             f"rollback   from step {step:,} to step {start:,}, past batches {batches[0]:,} to "
@@ -531,13 +375,13 @@ class _Run:
                 batch = batch._replace(weights_BT=np.full_like(batch.weights_BT, np.nan))
             return to_devices(self.mesh, batch, config.batch_size)
 
-        clock = _Clock(config, self.mesh)
+        clock = Clock(config, self.mesh)
         ahead, request = config.data.prefetch, self.stop.request
         step, waiting, owed, began = start, None, False, time.perf_counter()
         with (
             self.events.spent.of("train"),
             self.watchdog.phase("step"),
-            _DeviceWatch() as watch,
+            DeviceWatch() as watch,
             closing(prefetch(make, start, config.steps, ahead, request)) as batches,
         ):
             for batch in self.awaited(batches, watch):
@@ -587,7 +431,7 @@ class _Run:
         with self.watchdog.phase("save"), self.events.spent.of("checkpoint"):
             self.checkpoints.save(step, state, wait=wait)
 
-    def awaited(self, batches: Iterator[Batch], watch: "_DeviceWatch") -> Iterator[Batch]:
+    def awaited(self, batches: Iterator[Batch], watch: DeviceWatch) -> Iterator[Batch]:
         """The batches. The time in which the devices have no step to compute, because none is
         there, is data wait; while they compute it is not.
         """
@@ -607,7 +451,7 @@ class _Run:
         step: int,
         metrics: dict,
         comparison: Comparison | None,
-        clock: "_Clock",
+        clock: Clock,
         evaluated: Params | None = None,
     ) -> bool:
         """Log a step if it is due, with the loss on the validation split if given parameters.
@@ -739,115 +583,8 @@ class _Run:
             text = sample.prompt + self.tokenizer.decode(tokens)
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
-            self.log.say(_summary(read_metrics(run_dir), run_dir))
-
-
-def _summary(lines: list[dict[str, float]], run_dir: Path) -> str:
-    """The figures of a finished run, and its folders."""
-    evaluation = next((line for line in reversed(lines) if "eval/loss" in line), None)
-    speeds = [line["perf/tokens_per_second"] for line in lines if "perf/tokens_per_second" in line]
-    figures = []
-    if evaluation:
-        figures.append(
-            f"result     validation loss {evaluation['eval/loss']:.4f} nats per token, "
-            f"{evaluation['eval/bits_per_byte']:.4f} bits per byte, at step {evaluation['step']:,}"
-        )
-        names = [name.split("/")[1] for name in evaluation if re.fullmatch("eval/.+/loss", name)]
-        figures += [
-            f"           {evaluation[f'eval/{name}/loss']:.4f} nats per token, "
-            f"{evaluation[f'eval/{name}/bits_per_byte']:.4f} bits per byte: {name}"
-            for name in names
-        ]
-    if speeds:
-        figures.append(f"speed      {statistics.median(speeds):,.0f} tokens per second")
-    return "\n".join(
-        [
-            *figures,
-            f"run        {run_dir}: config.json, metrics.jsonl, checkpoints/, tokenizer/",
-            f"next       gptjax generate {run_dir} --prompt TEXT",
-        ]
-    )
-
-
-def _versions(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """What an attempt runs on, for its first event."""
-    device = mesh.devices.flat[0]
-    return {
-        "gptjax": importlib.metadata.version("gptjax"),
-        "jax": jax.__version__,
-        "device": device.device_kind,
-        "devices": mesh.size,
-        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "processes": jax.process_count(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "steps": config.steps,
-        "step_tokens": config.batch_size * config.model.context_size,
-        "config": hashlib.sha256(to_json(config).encode()).hexdigest()[:12],
-    }
+            self.log.say(summary(read_metrics(run_dir), run_dir))
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-class _Clock:
-    """Speed since the last reading, without evaluations, checkpoints, and the first step, which
-    compiles.
-    """
-
-    def __init__(self, config: Config, mesh: Mesh):
-        self.tokens = config.batch_size * config.model.context_size
-        dtype = resolve(config.model, mesh.devices.flat[0].platform)[0].compute_dtype
-        peak = peak_flops(mesh.devices.flat[0], dtype)
-        # Tokens a second that the devices could reach.
-        self.most = None if peak is None else peak * mesh.size / flops_per_token(config.model)
-        self.step, self.time = None, 0.0
-
-    def restart(self, step: int) -> None:
-        self.step, self.time = step, time.perf_counter()
-
-    def read(self, step: int) -> dict[str, float]:
-        """The speed from the last reading to the end of `step`, which has just been fetched;
-        nothing at first.
-        """
-        before, since = self.step, self.time
-        self.restart(step)
-        if before is None or step == before:
-            return {}
-        seconds = (self.time - since) / (step - before)
-        speed = {"perf/step_seconds": seconds, "perf/tokens_per_second": self.tokens / seconds}
-        return speed | ({"perf/mfu": self.tokens / seconds / self.most} if self.most else {})
-
-
-class _DeviceWatch:
-    """When the devices were done with the last step that they were given: a thread of its own waits
-    for it, so the main one never does.
-    """
-
-    def __init__(self):
-        self._given: queue.SimpleQueue = queue.SimpleQueue()
-        self._number, self._last = 0, (0, -math.inf)  # of steps given, and the last one done: when
-
-    def given(self, metrics: dict[str, jax.Array]) -> None:
-        self._number += 1
-        self._given.put((self._number, metrics["train/loss"]))
-
-    def done_at(self, now: float) -> float:
-        """When they had nothing more to compute; `now` if they still have."""
-        number, time_done = self._last
-        return time_done if number == self._number else now
-
-    def _wait(self) -> None:
-        while one := self._given.get():
-            number, loss = one
-            with suppress(Exception):  # what has failed comes out where it is fetched
-                loss.block_until_ready()
-            self._last = (number, time.perf_counter())
-
-    def __enter__(self) -> "_DeviceWatch":
-        threading.Thread(target=self._wait, daemon=True, name="device watch").start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._given.put(None)

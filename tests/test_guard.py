@@ -31,10 +31,11 @@ from gptjax.guard import judge, no_recent
 from gptjax.metrics import read_metrics
 from gptjax.model import abstract_params
 from gptjax.replicas import differences, fold, make_comparer
+from gptjax.rows import load_rows
 from gptjax.sharding import make_mesh, to_devices
 from gptjax.step import abstract_state, batch_hash, jit_train_step, loss_and_grads
 from gptjax.tokenizer import make_tokenizer
-from gptjax.train import DivergenceError, ReplicaError, fit, load_rows
+from gptjax.train import DivergenceError, ReplicaError, fit
 
 MESHES = {
     "one device": MeshConfig(),

@@ -34,12 +34,13 @@ from gptjax.data import (
 from gptjax.evaluate import document_losses
 from gptjax.metrics import read_metrics
 from gptjax.model import token_losses
+from gptjax.rows import load_rows
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.sources import DataError
 from gptjax.step import batch_hash
 from gptjax.store import build_store
 from gptjax.tokenizer import ByteTokenizer
-from gptjax.train import fit, load_rows
+from gptjax.train import fit
 
 TOKENIZER = ByteTokenizer()
 END, PAD = TOKENIZER.end, TOKENIZER.pad

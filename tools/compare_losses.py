@@ -58,10 +58,10 @@ def train_side(
 
     from gptjax.data import batch_at
     from gptjax.model import resolve
+    from gptjax.rows import load_rows
     from gptjax.sharding import local_rows, make_mesh, to_devices
     from gptjax.step import abstract_state, init_state, jit_train_step, loss_and_grads
     from gptjax.tokenizer import make_tokenizer
-    from gptjax.train import load_rows
 
     tokenizer = make_tokenizer(config.data)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size

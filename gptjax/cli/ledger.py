@@ -50,9 +50,9 @@ def data(run_dir: str, given: Data) -> None:
     )
     from gptjax.evaluate import document_losses
     from gptjax.metrics import read_metrics
+    from gptjax.rows import load_rows
     from gptjax.rundir import read_run
     from gptjax.step import batch_hash
-    from gptjax.train import load_rows
 
     run = Path(run_dir)
     config, tokenizer = read_run(run)
