@@ -20,7 +20,8 @@ _FILE_OF = {
         "model": "KVCache abstract_params forward init_params param_letters token_losses",
         "rundir": "CheckpointError read_run",
         "checkpoint": "Checkpoints",
-        "generate": "Sampling next_token_logits stream",
+        "sampling": "Sampling",
+        "decoding": "generate next_token_logits stream",
         "step": "TrainState abstract_state train_step",
         "train": "DivergenceError Interrupted fit",
     }.items()
