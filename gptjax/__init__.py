@@ -21,7 +21,8 @@ _FILE_OF = {
         "rundir": "CheckpointError read_run",
         "checkpoint": "Checkpoints",
         "sampling": "Sampling",
-        "decoding": "generate next_token_logits stream",
+        "prefill": "prepare",
+        "decoding": "Completion Score complete generate next_token_logits score stream stream_text",
         "step": "TrainState abstract_state train_step",
         "train": "DivergenceError Interrupted fit",
     }.items()

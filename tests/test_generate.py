@@ -11,7 +11,7 @@ from small import PLAIN, fresh
 from gptjax.config import ConfigError
 from gptjax.decoding import generate, next_token_logits, stream
 from gptjax.model import forward
-from gptjax.sampling import Sampling, choose_token
+from gptjax.sampling import Sampling, choose_token, settings
 
 LOGITS = jnp.log(jnp.array([0.05, 0.4, 0.1, 0.3, 0.15]))
 
@@ -19,7 +19,10 @@ LOGITS = jnp.log(jnp.array([0.05, 0.4, 0.1, 0.3, 0.15]))
 def drawn(sampling, draws=3000):
     """The share of each id among many draws."""
     keys = jax.random.split(jax.random.key(0), draws)
-    tokens = choose_token(jnp.tile(LOGITS, (draws, 1)), keys, sampling)
+    rules, values = settings(sampling, [1], ())
+    tokens = jax.jit(choose_token, static_argnums=3)(
+        jnp.tile(LOGITS, (draws, 1)), keys, values, rules
+    )
     return np.bincount(tokens, minlength=5) / draws
 
 

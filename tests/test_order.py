@@ -36,6 +36,8 @@ ORDER = (
     "checkpoint",
     "metrics",
     "sampling",
+    "prefill",
+    "beams",
     "decoding",
     "tasks",
     "evaluate",
