@@ -15,15 +15,12 @@ from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
 from gptjax.cli.corpora import Prepare, prepare
+from gptjax.cli.generating import Generate, Predict, generate, predict
 from gptjax.cli.ledger import Data, data
 from gptjax.cli.runs import (
-    Generate,
     Inspect,
-    Predict,
     Train,
-    generate,
     inspect,
-    predict,
     train,
 )
 from gptjax.cli.tokenizers import (
