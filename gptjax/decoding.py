@@ -437,7 +437,7 @@ class _Work:
 
     def _decode(self, cache: KVCache, steps: int, ahead: int) -> tuple[KVCache, Chosen]:
         """At most that many steps: the cache, and what they chose."""
-        size = ahead if ahead <= LOOK_EVERY else _size(max(self.most))
+        size = 1 if ahead == 1 else _size(ahead)
         with on_mesh(self.params):
             cache, self._progress, chosen, count = _decode(
                 self.params,
