@@ -20,7 +20,9 @@ _FILE_OF = {
         "model": "KVCache abstract_params forward init_params param_letters token_losses",
         "rundir": "CheckpointError read_run",
         "checkpoint": "Checkpoints",
-        "generate": "Sampling next_token_logits stream",
+        "sampling": "Sampling",
+        "prefill": "prepare",
+        "decoding": "Completion Score complete generate next_token_logits score stream stream_text",
         "step": "TrainState abstract_state train_step",
         "train": "DivergenceError Interrupted fit",
     }.items()

@@ -64,11 +64,20 @@ def attend(
     Returns:
       [B, T, N, H], of the dtype of the queries.
     """
-    if (
-        mask.positions_BT is not None
-    ):  # the kernels know no cache; a decode step is one row of scores
-        implementation = "xla"
     return _IMPLEMENTATIONS[implementation](q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask) -> jax.Array:
+    """`attend` for keys and values that are kept heads first, so that a step that reads all of
+    them moves none.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4) * H**-0.5
+    s_BKGTS = _scores(q_BKGTH, k_BKSH, mask, slice(0, T), slice(0, k_BKSH.shape[2]))
+    p_BKGTS = jax.nn.softmax(s_BKGTS).astype(v_BKSH.dtype)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", p_BKGTS, v_BKSH)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def choose(

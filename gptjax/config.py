@@ -36,6 +36,7 @@ Count = Annotated[int, Range(1, 2**31 - 1)]
 Whole = Annotated[int, Range(0, 2**31 - 1)]
 Positive = Annotated[float, Range(1e-30, 1e30)]
 NotNegative = Annotated[float, Range(0.0, 1e30)]
+Finite = Annotated[float, Range(-1e30, 1e30)]
 Share = Annotated[float, Range(0.0, 0.9999999)]  # a part, never the whole
 Probability = Annotated[float, Range(1e-30, 1.0)]
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax.attention import Mask, attend, choose
+from gptjax.attention import Mask, attend, attend_cache, choose
 from gptjax.config import GPTConfig
 from gptjax.data import Batch
 from gptjax.sharding import constrain, gather, stored
@@ -30,12 +30,13 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens so far; a value that `forward` takes and returns.
 
     Slots are filled in the order of the calls, `length` of them so far; each row has its own
-    positions.
+    positions. A token after the last slot goes to the first one again: only where no layer sees
+    further back than there are slots, and one token at a time.
     """
 
     # One array a layer, so that a step writes a few bytes and copies nothing.
-    k_LBSKH: tuple[jax.Array, ...]
-    v_LBSKH: tuple[jax.Array, ...]
+    k_LBKSH: tuple[jax.Array, ...]
+    v_LBKSH: tuple[jax.Array, ...]
     positions_BS: jax.Array  # of each slot's token in its row; -1 where there is none
     length: jax.Array
 
@@ -137,7 +138,7 @@ class Attention(Layer):
           positions_BT: of each token in its document, for RoPE.
           mask: what each position sees.
           cached: takes the keys and values of these tokens, [B, T, K, H], and returns those of all
-            tokens so far.
+            tokens so far, [B, K, S, H].
         """
         q_BTNH = self.linear("query", x_BTD, "DNH", "BTNH")
         k_BSKH = self.linear("key", x_BTD, "DKH", "BTKH")
@@ -152,8 +153,9 @@ class Attention(Layer):
             constrain(v_BSKH, "BSKH"),
         )
         if cached:
-            k_BSKH, v_BSKH = cached(k_BSKH, v_BSKH)
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, implementation=self.config.attention)
+            y_BTNH = attend_cache(q_BTNH, *cached(k_BSKH, v_BSKH), mask)
+        else:
+            y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, implementation=self.config.attention)
         return self.linear("out", y_BTNH, "NHD", "BTD", residual_scale(self.config))
 
 
@@ -350,11 +352,12 @@ def scan_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTCon
 
 def unroll_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
     """Run the stack layer after layer, each compiled for itself: for a cache, and for looking
-    inside.
+    inside. The parameters may also be a tuple of those of each layer.
     """
+    apart = isinstance(blocks_L, tuple)
     for index in range(config.num_layers):
         window = config.windows[index % len(config.windows)]
-        params = jax.tree.map(lambda leaf, index=index: leaf[index], blocks_L)
+        params = blocks_L[index] if apart else jax.tree.map(lambda x, i=index: x[i], blocks_L)
         x_BTD = remat(functools.partial(block, window=window), config.remat)(params, x_BTD, index)
     return x_BTD
 
@@ -495,11 +498,12 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
         start = 0 if cache is None else cache.positions_BS.max(axis=1, keepdims=True) + 1
         positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
     mask = Mask(segments_BT=segments_BT)
+    if isinstance(params["blocks"], tuple):
+        run = unroll_blocks
     if cache is not None:
+        slot = cache.length % cache.positions_BS.shape[1]
         cache = cache._replace(
-            positions_BS=jax.lax.dynamic_update_slice(
-                cache.positions_BS, positions_BT, (0, cache.length)
-            )
+            positions_BS=jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, (0, slot))
         )
         mask = Mask(positions_BT=positions_BT, positions_BS=cache.positions_BS)
         positions_BT = jnp.maximum(positions_BT, 0)
@@ -510,12 +514,10 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
         layer: Params, x_BTD: jax.Array, index: jax.Array | int, window: int | None
     ) -> jax.Array:
         def cached(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-            for new, old, kept in ((k_BTKH, cache.k_LBSKH, keys), (v_BTKH, cache.v_LBSKH, values)):
-                kept.append(
-                    jax.lax.dynamic_update_slice(
-                        old[index], new.astype(old[index].dtype), (0, cache.length, 0, 0)
-                    )
-                )
+            for new, old, kept in ((k_BTKH, cache.k_LBKSH, keys), (v_BTKH, cache.v_LBKSH, values)):
+                new_BKTH = new.swapaxes(1, 2).astype(old[index].dtype)
+                all_BKSH = jax.lax.dynamic_update_slice(old[index], new_BKTH, (0, 0, slot, 0))
+                kept.append(constrain(all_BKSH, "BKSH"))
             return keys[-1], values[-1]
 
         layer_key = None if key is None else jax.random.fold_in(key, index)
@@ -539,14 +541,14 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
         {"params": params["head"]}, x_BTD, params["embedding"]["tokens"]
     )
     if cache is not None:
-        cache = cache._replace(k_LBSKH=tuple(keys), v_LBSKH=tuple(values), length=cache.length + T)
+        cache = cache._replace(k_LBKSH=tuple(keys), v_LBKSH=tuple(values), length=cache.length + T)
     return x_BTD, unembedding_VD, cache
 
 
 def init_cache(config: GPTConfig, batch_size: int, num_slots: int) -> KVCache:
     """An empty cache for rows of at most `num_slots` tokens, padding included."""
     config = _resolved(config)
-    shape = (batch_size, num_slots, config.sizes["K"], config.sizes["H"])
+    shape = (batch_size, config.sizes["K"], num_slots, config.sizes["H"])
     empty = tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
     return KVCache(
         empty, empty, jnp.full((batch_size, num_slots), -1, jnp.int32), jnp.zeros((), jnp.int32)

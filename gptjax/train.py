@@ -32,11 +32,11 @@ from gptjax.data import (
     write_exclusions,
     write_rollbacks,
 )
+from gptjax.decoding import generate
 from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
-from gptjax.generate import Sampling, generate
 from gptjax.metrics import Log, read_metrics
 from gptjax.model import Params, resolve
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
@@ -56,6 +56,7 @@ from gptjax.resume import (
 )
 from gptjax.rows import load_rows, take_up, with_vocabulary
 from gptjax.rundir import BusyError, RunLock, save_run
+from gptjax.sampling import Sampling
 from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state
 from gptjax.stop import Interrupted, Leaving, Stop

@@ -12,7 +12,7 @@ from small import MODELS, MODERN, PLAIN, fresh, random_batch, run_steps
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, OptimizerConfig
-from gptjax.generate import Sampling, generate, stream
+from gptjax.decoding import generate, stream
 from gptjax.model import (
     forward,
     init_cache,
@@ -20,6 +20,7 @@ from gptjax.model import (
     unroll_blocks,
     weighted_loss,
 )
+from gptjax.sampling import Sampling
 from gptjax.sharding import make_mesh, to_devices
 from gptjax.step import abstract_state, jit_train_step, loss_and_grads
 

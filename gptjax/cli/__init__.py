@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
 from gptjax.cli.corpora import Prepare, prepare
+from gptjax.cli.generating import Generate, Predict, generate, predict
 from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
 from gptjax.cli.ledger import Data, data
 from gptjax.cli.reports import Report, report
-from gptjax.cli.runs import Generate, Predict, Train, generate, predict, train
+from gptjax.cli.runs import Train, train
 from gptjax.cli.tokenizers import (
     EncodeText,
     InspectTokenizer,

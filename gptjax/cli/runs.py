@@ -1,4 +1,4 @@
-"""The verbs of a run: `gptjax train | generate | predict`."""
+"""The verb that makes a run: `gptjax train`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,8 +13,6 @@ from gptjax.config import (
     ConfigError,
     Count,
     MeshConfig,
-    NotNegative,
-    Probability,
     Whole,
 )
 from gptjax.events import process_began
@@ -41,31 +39,6 @@ class Train:
     fork_from: str | None = None
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Continue a prompt with the model of the run directory RUN, and print the text as it comes."""
-
-    prompt: str = ""  # empty: the model begins a document
-    max_tokens: Whole = 200  # of each sample
-    temperature: NotNegative = 0.8  # 0: always the likeliest token
-    top_k: Count | None = None  # choose among the k likeliest
-    top_p: Probability | None = None  # among the likeliest that have this probability together
-    seed: Whole = 0  # of the draws
-    num_samples: Count = 1  # one after the other
-    step: Whole | None = None  # of the checkpoint; None: the newest
-    debug: bool = False  # show the traceback of an error
-
-
-@dataclass(frozen=True)
-class Predict:
-    """Print the likeliest tokens after a text, by the model of the run directory RUN."""
-
-    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
-    top: Count = 10  # tokens that are printed
-    step: Whole | None = None  # of the checkpoint; None: the newest
-    debug: bool = False  # show the traceback of an error
 
 
 def train(experiment: str, given: Train) -> None:
@@ -118,51 +91,6 @@ def _join_processes(given: Train) -> None:
                 f"the cluster does not say all that is needed ({error}): give --coordinator, "
                 "--num-processes and --process-id"
             ) from error
-
-
-def generate(run_dir: str, given: Generate) -> None:
-    """Print samples, token after token."""
-    import jax
-
-    from gptjax.generate import Sampling, stream
-    from gptjax.tokenizer import StreamDecoder
-
-    params, model, tokenizer = load_model(run_dir, given.step)
-    prompt = [tokenizer.end, *tokenizer.encode(given.prompt).tolist()]
-    sampling = Sampling(
-        max_tokens=given.max_tokens,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-    )
-    for sample in range(given.num_samples):
-        key = jax.random.fold_in(jax.random.key(given.seed), sample)
-        decoder = StreamDecoder(tokenizer)
-        if given.num_samples > 1:
-            print(f"--- sample {sample + 1} of {given.num_samples} ---")
-        print(given.prompt, end="", flush=True)
-        for token in stream(params, prompt, model, sampling, key, end=tokenizer.end):
-            print(decoder.push(token), end="", flush=True)
-        print(decoder.flush())
-
-
-def predict(run_dir: str, given: Predict) -> None:
-    """Print the likeliest next tokens, with their probabilities as bars."""
-    import numpy as np
-
-    from gptjax.generate import next_token_logits
-
-    params, model, tokenizer = load_model(run_dir, given.step)
-    prompt = [tokenizer.end, *tokenizer.encode(given.text).tolist()]
-    logits = next_token_logits(params, prompt, model).astype(np.float64)
-    probabilities = np.exp(logits - logits.max())
-    probabilities /= probabilities.sum()
-    likeliest = np.argsort(-probabilities)[: given.top]
-    for token in likeliest:
-        share = probabilities[token]
-        bar = "█" * round(40 * share / probabilities[likeliest[0]])
-        print(f"{share:8.4f}  {bar:40}  {token_text(tokenizer, int(token))}")
-    print(f"{1 - probabilities[likeliest].sum():8.4f}  for all other tokens")
 
 
 def token_text(tokenizer: "Tokenizer", token: int) -> str:

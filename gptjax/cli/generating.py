@@ -1,0 +1,209 @@
+"""The verbs that write text: `gptjax generate | predict`."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gptjax.cli.runs import load_model, token_text
+from gptjax.config import (
+    ConfigError,
+    Count,
+    Finite,
+    NotNegative,
+    Positive,
+    Probability,
+    Whole,
+    refuse,
+)
+
+if TYPE_CHECKING:
+    from gptjax.decoding import Completion
+    from gptjax.sampling import Sampling
+    from gptjax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with the model of the run directory RUN, and print the text as it comes."""
+
+    prompt: str = ""  # empty: the model begins a document
+    # a file whose lines are the prompts, or - for standard input; each text comes when it is whole
+    prompt_file: str | None = None
+    batch_size: Count = 8  # texts of a prompt file that are continued together
+    max_tokens: Whole | None = None  # of each sample; None: as max_length says, or 200
+    max_length: Whole | None = None  # tokens of prompt and sample together; max_tokens goes before
+    min_tokens: Whole = 0  # of each sample, before which none ends by itself
+    min_length: Whole = 0  # tokens of prompt and sample together, before which none ends by itself
+    # 0: always the likeliest token; None: 0.8, with beams 0
+    temperature: NotNegative | None = None
+    top_k: Count | None = None  # choose among the k likeliest
+    top_p: Probability | None = None  # among the likeliest that have this probability together
+    min_p: Probability | None = None  # among those at least this share as likely as the likeliest
+    # logits of tokens that were there are divided by it, negative ones multiplied; 1: not at all
+    repetition_penalty: Positive = 1.0
+    presence_penalty: Finite = 0.0  # taken from the logits of tokens that the sample has
+    frequency_penalty: Finite = 0.0  # and this for each time that it has them
+    no_repeat_ngram: Count | None = None  # no sequence of this many tokens comes twice
+    stop: tuple[str, ...] = ()  # strings that end a sample, which is cut before them
+    stop_ids: tuple[Whole, ...] = ()  # ids that end a sample, besides the tokenizer's end of text
+    beams: Count = 1  # above 1: beam search for the likeliest text
+    length_penalty: Finite = 1.0  # of beams: a text's score is divided by its length to this power
+    # of beams, when a search ends: true, with as many texts as beams; false, when none of the
+    # length it has would be better; never, of any length
+    early_stopping: Literal["true", "false", "never"] = "false"
+    # print the log-probability of each token, and so many of the likeliest in its place
+    logprobs: Whole | None = None
+    # tokens that are given up when a text has filled the context; None: half of it
+    stride: Count | None = None
+    seed: Whole = 0  # of the draws
+    num_samples: Count = 1  # of each prompt; with beams, the best ones
+    step: Whole | None = None  # of the checkpoint; None: the newest
+    debug: bool = False  # show the traceback of an error
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Print the likeliest tokens after a text, by the model of the run directory RUN."""
+
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
+    top: Count = 10  # tokens that are printed
+    step: Whole | None = None  # of the checkpoint; None: the newest
+    debug: bool = False  # show the traceback of an error
+
+
+def generate(run_dir: str, given: Generate) -> None:
+    """Print samples: of one prompt token after token, of several a batch at a time."""
+    from gptjax.prefill import prepare
+    from gptjax.rundir import read_run
+    from gptjax.sampling import violations
+
+    sampling, model = _sampling(given), read_run(Path(run_dir))[0].model
+    problems = list(violations(sampling, model.vocab_size, model.context_size))
+    if given.prompt and given.prompt_file:
+        problems.append("--prompt and --prompt-file: give one of them")
+    refuse(problems)
+    prompts = [given.prompt] if given.prompt_file is None else list(_lines(given.prompt_file))
+    params, model, tokenizer = load_model(run_dir, given.step)
+    of_model = (prepare(params, model), model, tokenizer)
+    del params  # a second copy
+    try:
+        if len(prompts) > 1 or sampling.beams > 1 or sampling.logprobs is not None:
+            _in_batches(prompts, given, sampling, *of_model)
+        elif prompts:
+            _as_it_comes(prompts[0], given, sampling, *of_model)
+    except KeyboardInterrupt:
+        print(flush=True)  # what was printed stays, on a line that is whole
+        raise
+
+
+def _sampling(given: Generate) -> "Sampling":
+    from gptjax.sampling import Sampling
+
+    temperature = given.temperature
+    if temperature is None:
+        temperature = 0.8 if given.beams == 1 else 0.0
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    same = {name: value for name, value in vars(given).items() if name in names}
+    early = {"true": True, "false": False, "never": "never"}[given.early_stopping]
+    return Sampling(**same | {"temperature": temperature, "early_stopping": early})
+
+
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a file, or of standard input; empty ones are none."""
+    try:
+        lines = sys.stdin.readlines() if path == "-" else Path(path).read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt-file {path}: not UTF-8, {error}; give text") from error
+    return filter(None, (line.rstrip("\r\n") for line in lines))
+
+
+def _as_it_comes(prompt: str, given: Generate, sampling: "Sampling", params, model, tokenizer):
+    """Print the samples of a prompt one after the other, token after token."""
+    import jax
+
+    from gptjax.decoding import stream_text
+
+    ids, one = _ids(prompt, tokenizer), dataclasses.replace(sampling, num_samples=1)
+    for sample in range(given.num_samples):
+        if given.num_samples > 1:
+            print(f"--- sample {sample + 1} of {given.num_samples} ---")
+        print(prompt, end="", flush=True)
+        key = jax.random.fold_in(jax.random.key(given.seed), sample)
+        for text in stream_text(
+            params, ids, model, one, key, end=tokenizer.end, tokenizer=tokenizer
+        ):
+            print(text, end="", flush=True)
+        print()
+
+
+def _in_batches(
+    prompts: list[str], given: Generate, sampling: "Sampling", params, model, tokenizer
+):
+    """Print the samples of all prompts, those of a batch when the batch is done."""
+    import jax
+
+    from gptjax.decoding import complete
+
+    for start in range(0, len(prompts), given.batch_size):
+        batch = prompts[start : start + given.batch_size]
+        completions = complete(
+            params,
+            [_ids(prompt, tokenizer) for prompt in batch],
+            model,
+            sampling,
+            jax.random.fold_in(jax.random.key(given.seed), start),
+            end=tokenizer.end,
+            tokenizer=tokenizer,
+        )
+        for i, completion in enumerate(completions):
+            place = start + completion.prompt
+            names = [
+                (place, len(prompts), "prompt"),
+                (i % given.num_samples, given.num_samples, "sample"),
+            ]
+            title = ", ".join(f"{name} {i + 1} of {n}" for i, n, name in names if n > 1)
+            if title:
+                print(f"--- {title} ---")
+            print(prompts[place] + completion.text)
+            _print_logprobs(completion, tokenizer)
+        sys.stdout.flush()
+
+
+def _print_logprobs(completion: "Completion", tokenizer: "Tokenizer") -> None:
+    """A line for each token: its log-probability, and the likeliest tokens in its place."""
+    if completion.score is not None:
+        print(f"score {completion.score:.4f}")
+    if completion.logprobs is None:
+        return
+    tops = completion.top or [[]] * len(completion.tokens)
+    for token, logprob, top in zip(completion.tokens, completion.logprobs, tops, strict=True):
+        others = "  ".join(f"{token_text(tokenizer, other)} {value:.4f}" for other, value in top)
+        print(f"{logprob:9.4f}  {token_text(tokenizer, token):16}  {others}".rstrip())
+
+
+def _ids(prompt: str, tokenizer: "Tokenizer") -> list[int]:
+    """The ids of a document that begins with a prompt."""
+    return [tokenizer.end, *tokenizer.encode(prompt).tolist()]
+
+
+def predict(run_dir: str, given: Predict) -> None:
+    """Print the likeliest next tokens, with their probabilities as bars."""
+    import numpy as np
+
+    from gptjax.decoding import next_token_logits
+
+    params, model, tokenizer = load_model(run_dir, given.step)
+    logits = next_token_logits(params, _ids(given.text, tokenizer), model).astype(np.float64)
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    likeliest = np.argsort(-probabilities)[: given.top]
+    for token in likeliest:
+        share = probabilities[token]
+        bar = "█" * round(40 * share / probabilities[likeliest[0]])
+        print(f"{share:8.4f}  {bar:40}  {token_text(tokenizer, int(token))}")
+    print(f"{1 - probabilities[likeliest].sum():8.4f}  for all other tokens")
