@@ -39,13 +39,14 @@ from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
 from gptjax.generate import Sampling, generate
+from gptjax.loading import check_origin, load_params
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
 from gptjax.model import Params, abstract_params, resolve
 from gptjax.resume import begun, refuse_another_run
 from gptjax.rundir import save_run
 from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.sources import DataError
-from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state
+from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state, with_params
 from gptjax.store import Store
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
@@ -78,7 +79,12 @@ def fit(config: Config, run_dir: Path) -> TrainState:
     """
     tokenizer = make_tokenizer(config.data)
     before = begun(run_dir, tokenizer)
-    config = replace(config, model=_with_vocabulary(config.model, tokenizer))
+    model = config.model
+    if before and model.vocab_size is None:
+        model = replace(model, vocab_size=before.model.vocab_size)
+    elif config.init_from and not before:
+        model = check_origin(Path(config.init_from), model, tokenizer)
+    config = replace(config, model=_with_vocabulary(model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     if before:
@@ -124,7 +130,9 @@ def fit(config: Config, run_dir: Path) -> TrainState:
 def _with_vocabulary(model: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
     """The model with a vocabulary that holds the tokenizer's."""
     size = model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
+    # Padding is never predicted: models of others often have no id for it.
+    least = tokenizer.vocab_size - (tokenizer.pad == tokenizer.vocab_size - 1)
+    if size < least:
         raise ConfigError(
             f"model.vocab_size = {size:,}, but the tokenizer has {tokenizer.vocab_size:,} ids: "
             "give as many or more, or None to take the tokenizer's"
@@ -152,7 +160,8 @@ def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Row
         "context_size": config.model.context_size,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "pad": tokenizer.pad,
+        # Nothing sees padding: where the model has no id for it, another serves.
+        "pad": tokenizer.pad if tokenizer.pad < config.model.vocab_size else tokenizer.end,
         "end": tokenizer.end,
     }
     data = config.data
@@ -289,7 +298,12 @@ class _Run:
             state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
             self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
             return state
-        return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
+        state = jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
+        if self.config.init_from is None:
+            return state
+        origin = Path(self.config.init_from)
+        self.log.say(f"begun      with the parameters of {origin}")
+        return with_params(state, lambda: load_params(origin, self.config.model, self.mesh))
 
     def train(self, state: TrainState, start: int, rows: Rows, step_fn: Callable) -> TrainState:
         """All steps from `start` on. Metrics of a step are fetched once the next is dispatched, so

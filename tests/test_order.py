@@ -36,6 +36,7 @@ ORDER = (
     "checkpoint",
     "hf",
     "loading",
+    "programs",
     "metrics",
     "generate",
     "tasks",

@@ -1,4 +1,5 @@
-"""The command line: `gptjax prepare | train | generate | predict | inspect | data | tokenizer`.
+"""The command line: `gptjax prepare | train | generate | predict | inspect | data |
+convert | export | tokenizer`.
 
 The only folder that reads arguments. JAX is imported by a verb, after its arguments have passed the
 checks, so `--help` and refusals are quick.
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
+from gptjax.cli.convert import Convert, Export, convert, export
 from gptjax.cli.corpora import Prepare, prepare
 from gptjax.cli.ledger import Data, data
 from gptjax.cli.runs import (
@@ -69,6 +71,8 @@ VERBS = {
     "predict": (predict, Predict),
     "inspect": (inspect, Inspect),
     "data": (data, Data),
+    "convert": (convert, Convert),
+    "export": (export, Export),
     "tokenizer train": (train_tokenizer, TrainTokenizer),
     "tokenizer inspect": (inspect_tokenizer, InspectTokenizer),
     "tokenizer encode": (encode_text, EncodeText),
@@ -77,6 +81,7 @@ VERBS = {
 PLACEHOLDERS = {
     "prepare": "FILE",
     "train": "FILE",
+    "convert": "HF_FOLDER",
     "tokenizer train": "TEXT",
     "tokenizer inspect": "TOKENIZER",
     "tokenizer encode": "TOKENIZER",

@@ -46,6 +46,8 @@ def load_hf(
     folder: Path | str,
     mesh: Mesh | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    *,
+    vocab_multiple: int = 64,
 ) -> tuple[GPTConfig, Params]:
     """A model of GPT-2, GPT-1, GPT-Neo, Llama or Mistral, from config.json and safetensors.
 
@@ -56,12 +58,14 @@ def load_hf(
         with or without their prefix, of 16, 32 or 64 bits.
       mesh: of the parameters; None: the first device.
       dtype: of the parameters.
+      vocab_multiple: of the model: rows of the embedding are padded with zeros to a multiple.
     Raises:
       CheckpointError: for a folder that cannot be read as such a model; the message names every
         tensor that is missing, superfluous or mis-shaped. Files that may run code are not read.
     """
     folder = Path(folder)
     architecture, config = _read_config(folder)
+    config = replace(config, vocab_multiple=vocab_multiple)
     tensors = find_tensors(folder)
     try:
         tensors = check_tensors(tensors, architecture, config)

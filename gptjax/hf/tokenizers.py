@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.config import GPTConfig
 from gptjax.rundir import CheckpointError
 from gptjax.tokenizer import BPETokenizer, SentencePieceTokenizer, Tokenizer
-from gptjax.tokenizer.bpe import END_NAMES, PAD_NAMES, added_token, raw_byte_spec
+from gptjax.tokenizer.bpe import END_NAMES, NAMED, PAD_NAMES, added_token, raw_byte_spec
 from gptjax.tokenizer.pieces import WORD_START
 from gptjax.tokenizer.sentencepiece import read_pieces
 
@@ -64,7 +64,9 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 def _spec(tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer as the content of a tokenizer.json."""
     if isinstance(tokenizer, BPETokenizer):
-        return json.loads(tokenizer.content)
+        spec = json.loads(tokenizer.content)
+        spec.pop(NAMED, None)
+        return spec
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _sentencepiece_spec(tokenizer)
     return raw_byte_spec()

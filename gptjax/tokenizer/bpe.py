@@ -294,14 +294,15 @@ def _named(folder: Path, added: list[dict]) -> dict[str, dict[str, str]]:
     path = folder / "tokenizer_config.json"
     given = read_json(path) if path.is_file() else {}
     special = {one["id"]: one["content"] for one in added if one["special"]}
-    named = {}
+    named, end = {}, None
     for name, option, known in (("end", "eos_token", END_NAMES), ("pad", "pad_token", PAD_NAMES)):
         token = given.get(option)
         token = token["content"] if isinstance(token, dict) else token
         ours = special.get(_first_named(known, special))
         # Padding that is also the end would hide where texts end.
-        if token in special.values() and token not in (ours, named.get("end")):
+        if token in special.values() and token not in (ours, end):
             named[name] = token
+        end = end or named.get(name, ours)
     return {NAMED: named} if named else {}
 
 
