@@ -47,6 +47,8 @@ CHOICES = {
 
 def refuse_another_run(before: Config, config: Config, run_dir: Path) -> None:
     """Refuse to go on with a run whose numbers another config began."""
+    if not before.data.path and not before.data.mixture:  # a converted one, which has seen no text
+        before = replace(before, seed=config.seed, batch_size=config.batch_size, data=config.data)
     pairs = [
         ("seed", before.seed, config.seed),
         ("batch_size", before.batch_size, config.batch_size),

@@ -186,7 +186,8 @@ def made_tensors(params: Params, architecture: Architecture, config: GPTConfig) 
 
     Of parameters that the model lacks, such as biases, there are zeros.
     """
-    leaves, letters, sizes = by_path(params), by_path(param_letters(config)), _sizes(config)
+    leaves = {path: np.asarray(leaf) for path, leaf in by_path(params).items()}
+    letters, sizes = by_path(param_letters(config)), _sizes(config)
     by_name = defaultdict(list)
     for path, place in architecture.expected(config).items():
         for layer, name in enumerate(_names(path, place, architecture, config.num_layers)):
@@ -201,7 +202,7 @@ def made_tensors(params: Params, architecture: Architecture, config: GPTConfig) 
                 arrays.append(np.zeros(shape, np.float32))
                 continue
             word, array = letters[path], leaves[path]
-            array = np.asarray(array[layer] if word.startswith("L") else array)
+            array = array[layer] if word.startswith("L") else array
             array = array[: config.vocab_size] if word.startswith("V") else array
             if scaled and path == "blocks/attention/query":  # GPT-Neo does not divide its scores
                 array = array * np.float32(sizes["H"] ** -0.5)
