@@ -23,7 +23,8 @@ _FILE_OF = {
         "hf": "load_hf save_hf",
         "loading": "load",
         "programs": "load_programs save_programs",
-        "generate": "Sampling next_token_logits stream",
+        "sampling": "Sampling",
+        "decoding": "generate next_token_logits stream",
         "step": "TrainState abstract_state train_step",
         "train": "DivergenceError Interrupted fit",
     }.items()

@@ -35,15 +35,16 @@ from gptjax.data import (
     read_exclusions,
     write_exclusions,
 )
+from gptjax.decoding import generate
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
-from gptjax.generate import Sampling, generate
 from gptjax.loading import check_origin, load_params
 from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
 from gptjax.model import Params, abstract_params, resolve
 from gptjax.resume import begun, refuse_another_run
 from gptjax.rundir import save_run
+from gptjax.sampling import Sampling
 from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.sources import DataError
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state, with_params

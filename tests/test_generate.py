@@ -9,8 +9,9 @@ import pytest
 from small import PLAIN, fresh
 
 from gptjax.config import ConfigError
-from gptjax.generate import Sampling, choose_token, generate, next_token_logits, stream
+from gptjax.decoding import generate, next_token_logits, stream
 from gptjax.model import forward
+from gptjax.sampling import Sampling, choose_token
 
 LOGITS = jnp.log(jnp.array([0.05, 0.4, 0.1, 0.3, 0.15]))
 

@@ -128,7 +128,8 @@ def generate(run_dir: str, given: Generate) -> None:
     """Print samples, token after token."""
     import jax
 
-    from gptjax.generate import Sampling, stream
+    from gptjax.decoding import stream
+    from gptjax.sampling import Sampling
     from gptjax.tokenizer import StreamDecoder
 
     params, model, tokenizer = load_model(run_dir, given.step)
@@ -154,7 +155,7 @@ def predict(run_dir: str, given: Predict) -> None:
     """Print the likeliest next tokens, with their probabilities as bars."""
     import numpy as np
 
-    from gptjax.generate import next_token_logits
+    from gptjax.decoding import next_token_logits
 
     params, model, tokenizer = load_model(run_dir, given.step)
     prompt = [tokenizer.end, *tokenizer.encode(given.text).tolist()]

@@ -1,9 +1,8 @@
-"""Sampling: prefill the prompts into a cache, decode token after token, all at once or as a
+"""Continuing prompts: prefill them into a cache, decode token after token, all at once or as a
 stream.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -14,19 +13,8 @@ from jax.sharding import NamedSharding
 
 from gptjax.config import ConfigError, GPTConfig
 from gptjax.model import KVCache, Params, forward, init_cache
+from gptjax.sampling import Sampling, choose_token
 from gptjax.sharding import whole
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_tokens: int = 200  # new tokens of each prompt
-    temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
-    top_k: int | None = None  # choose among the k likeliest
-    # Choose among the fewest likeliest that hold this probability (Holtzman et al. 2020,
-    # section 3.1).
-    top_p: float | None = None
 
 
 def generate(
@@ -89,25 +77,6 @@ def next_token_logits(params: Params, prompt: Sequence[int], config: GPTConfig) 
     with _mesh(params):
         _, logits_BV = _prefill(params, tokens_BT, positions_BT, longest, config)
     return np.asarray(logits_BV[0])
-
-
-def choose_token(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw an id for each row [B] from its logits, by the rules of `sampling`, with a key a row."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
-        least = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    if sampling.top_p is not None:
-        falling = -jnp.sort(-logits_BV, axis=-1)
-        probabilities = jax.nn.softmax(falling)
-        likelier = (
-            jnp.cumsum(probabilities, axis=-1) - probabilities
-        )  # held by the tokens before each: 0 for the first
-        least = jnp.where(likelier <= sampling.top_p, falling, jnp.inf).min(-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
 # --- chunks of new tokens ------------------------------------------------------------------------
