@@ -17,6 +17,7 @@ from small import PLAIN, fresh
 import gptjax
 from gptjax import cli
 from gptjax.config import Config, DataConfig, GPTConfig, OptimizerConfig, SampleConfig
+from gptjax.data import batch_at
 from gptjax.hf import save_hf
 from gptjax.hf.tokenizers import write_tokenizer
 from gptjax.hf.weights import by_path
@@ -25,7 +26,7 @@ from gptjax.model import forward
 from gptjax.programs import load_programs
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.tokenizer import ByteTokenizer, make_tokenizer
-from gptjax.train import fit
+from gptjax.train import fit, load_rows
 
 BYTES = replace(PLAIN, vocab_size=258, vocab_multiple=64)
 run = jax.jit(forward, static_argnames="config")
@@ -118,14 +119,38 @@ def test_a_run_begins_with_the_parameters_of_another_and_goes_on_without_it(
 
 def test_what_does_not_fit_its_origin(folder):
     origin, _, tokenizer = load(folder)
-    assert check_origin(
-        folder, replace(origin, vocab_size=None, dropout=0.5), tokenizer
-    ) == replace(origin, dropout=0.5)
+    given = replace(origin, dropout=0.5)
+    assert check_origin(folder, replace(given, vocab_size=None), tokenizer) == given
     other = replace(origin, num_layers=3, activation="relu")
     with pytest.raises(CheckpointError) as refused:
         check_origin(folder, other, ByteTokenizer())
     for words in ("num_layers is 2 there and 3 here", "activation", "of kind 'bytes'"):
         assert words in str(refused.value)
+
+
+@pytest.mark.slow
+def test_transformers_has_the_validation_loss_of_a_run(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
+    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    model = replace(PLAIN, vocab_size=None, initial_scale=0.02)
+    config = replace(tuned(tmp_path, model=model), eval_every=2)
+    fit(config, tmp_path / "run")
+    config, params, tokenizer = load(tmp_path / "run")
+    save_hf(tmp_path / "out", config, params, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    _, valid = load_rows(read_run(tmp_path / "run")[0], tokenizer)
+    total = count = 0
+    for step in range(valid[""].num_batches):
+        batch = batch_at(step, valid[""], which=slice(0, 8))
+        with torch.no_grad():
+            logits = theirs(torch.tensor(batch.tokens_BT).long()).logits
+        targets = torch.tensor(batch.targets_BT).long()
+        losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").numpy()
+        total += (losses * batch.weights_BT).sum()
+        count += batch.weights_BT.sum()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    expected = [json.loads(line) for line in lines if "eval/loss" in line][-1]["eval/loss"]
+    assert total / count == pytest.approx(expected, abs=1e-4)
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
