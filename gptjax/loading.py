@@ -93,6 +93,8 @@ def check_origin(where: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPTCon
     names = {field.name for field in dataclasses.fields(GPTConfig)} - CHOICES
     if not is_hf(where):
         names.add("vocab_multiple")
+    if config.positions == "rope":
+        names.remove("context_size")  # no parameter depends on it
     pairs = [(name, getattr(origin, name), getattr(config, name)) for name in sorted(names)]
     differences = [
         f"model.{name} is {theirs!r} there and {ours!r} here"
