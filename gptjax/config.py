@@ -64,10 +64,19 @@ class GPTConfig:
     ffn_size: Count | None = None
     positions: Literal["learned", "rope"] = "learned"  # how a token knows its place
     rope_base: Positive = 10_000.0  # longest wavelength of RoPE over 2 pi, in tokens
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, feed-forward and head
+    # as Llama 3.1 stretches RoPE: factor, its factors of low and of high frequencies, and the
+    # context_size before; None: not at all
+    rope_scaling: tuple[Positive, Positive, Positive, Count] | None = None
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    # before: of what attention, feed-forward and head read, as in GPT-2; after: of the residual
+    # stream after each addition to it, and not before the head, as in GPT-1
+    norm_place: Literal["before", "after"] = "before"
     norm_epsilon: Positive = 1e-5  # added to the variance
-    activation: Literal["gelu", "swiglu"] = "gelu"  # gelu is its tanh approximation, as in GPT-2
+    # gelu is its tanh approximation, as in GPT-2
+    activation: Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"] = "gelu"
     bias: bool = True  # in linear layers and LayerNorm
+    query_bias: bool = True  # in the maps to queries, keys and values, if bias; GPT-Neo has none
+    scale_attention: bool = True  # scores are divided by the root of head_size; GPT-Neo's are not
     tied_embedding: bool = True  # the unembedding is the embedding
     # share of embeddings, attention outputs and feed-forward outputs set to zero in training
     dropout: Share = 0.0
@@ -261,6 +270,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    # a run, or a folder of Hugging Face's Transformers, whose parameters a new run begins with;
+    # None: random ones. Its model and tokenizer must be those of this run
+    init_from: str | None = None
     steps: Count = 1000  # updates of the parameters
     batch_size: Count = 8  # rows of a step, over all devices and accumulated parts
     accumulate: Count = 1  # parts that a batch is computed in, one after the other
@@ -500,6 +512,23 @@ def _heads(config: Config, _: int | None) -> Iterator[str]:
         )
 
 
+def _rope_scaling(config: Config, _: int | None) -> Iterator[str]:
+    model = config.model
+    if model.rope_scaling is None:
+        return
+    if model.positions != "rope":
+        yield (
+            f"model.rope_scaling is given, but model.positions = {model.positions!r}: give "
+            "model.positions rope, or model.rope_scaling None"
+        )
+    _, low, high, _ = model.rope_scaling
+    if low >= high:
+        yield (
+            f"model.rope_scaling = {model.rope_scaling}: the factor of low frequencies, {low:g}, "
+            f"must be below that of high ones, {high:g}, as in 8 1 4 8192"
+        )
+
+
 def _windows(config: Config, _: int | None) -> Iterator[str]:
     model = config.model
     if model.window is not None:
@@ -690,6 +719,7 @@ def _devices(config: Config, num_devices: int | None) -> Iterator[str]:
 RULES = (
     _name_is_a_folder,
     _heads,
+    _rope_scaling,
     _windows,
     _learning_rates,
     _schedule,

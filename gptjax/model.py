@@ -62,15 +62,21 @@ class Layer(nn.Module):
         return gather(value.astype(self.config.compute_dtype), letters)
 
     def linear(
-        self, name: str, x: jax.Array, letters: str, out: str, scale: float = 1.0
+        self,
+        name: str,
+        x: jax.Array,
+        letters: str,
+        out: str,
+        scale: float = 1.0,
+        bias: bool = True,
     ) -> jax.Array:
         """A linear map with parameters of `letters`, to a tensor of letters `out`; initialised as
-        GPT-2's, times `scale`.
+        GPT-2's, times `scale`. A bias is added if both `bias` and the config say so.
         """
         init = nn.initializers.normal(self.config.initial_scale * scale)
         given = "BT" + letters.removesuffix(out[2:])
         y = jnp.einsum(f"{given},{letters}->{out}", x, self.weight(name, letters, init))
-        return y + self.weight(f"{name}_bias", out[2:]) if self.config.bias else y
+        return y + self.weight(f"{name}_bias", out[2:]) if self.config.bias and bias else y
 
 
 class Norm(Layer):
@@ -140,13 +146,17 @@ class Attention(Layer):
           cached: takes the keys and values of these tokens, [B, T, K, H], and returns those of all
             tokens so far, [B, K, S, H].
         """
-        q_BTNH = self.linear("query", x_BTD, "DNH", "BTNH")
-        k_BSKH = self.linear("key", x_BTD, "DKH", "BTKH")
-        v_BSKH = self.linear("value", x_BTD, "DKH", "BTKH")
-        if self.config.positions == "rope":
+        config = self.config
+        q_BTNH = self.linear("query", x_BTD, "DNH", "BTNH", bias=config.query_bias)
+        k_BSKH = self.linear("key", x_BTD, "DKH", "BTKH", bias=config.query_bias)
+        v_BSKH = self.linear("value", x_BTD, "DKH", "BTKH", bias=config.query_bias)
+        if config.positions == "rope":
             q_BTNH, k_BSKH = (
-                rotate(x, positions_BT, self.config.rope_base) for x in (q_BTNH, k_BSKH)
+                rotate(x, positions_BT, config.rope_base, config.rope_scaling)
+                for x in (q_BTNH, k_BSKH)
             )
+        if not config.scale_attention:  # by which every implementation divides
+            q_BTNH *= config.sizes["H"] ** 0.5
         q_BTNH, k_BSKH, v_BSKH = (
             constrain(q_BTNH, "BTNH"),
             constrain(k_BSKH, "BSKH"),
@@ -155,13 +165,21 @@ class Attention(Layer):
         if cached:
             y_BTNH = attend_cache(q_BTNH, *cached(k_BSKH, v_BSKH), mask)
         else:
-            y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, implementation=self.config.attention)
-        return self.linear("out", y_BTNH, "NHD", "BTD", residual_scale(self.config))
+            y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, implementation=config.attention)
+        return self.linear("out", y_BTNH, "NHD", "BTD", residual_scale(config))
+
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
 
 
 class FeedForward(Layer):
-    """GELU (Hendrycks and Gimpel 2016, section 2, tanh form) or SwiGLU (Shazeer 2020, equation
-    6).
+    """GELU (Hendrycks and Gimpel 2016, section 2; its tanh form or the exact one), ReLU, SiLU, or
+    SwiGLU (Shazeer 2020, equation 6).
     """
 
     @nn.compact
@@ -171,15 +189,16 @@ class FeedForward(Layer):
         if self.config.activation == "swiglu":
             up_BTF *= jax.nn.silu(self.linear("gate", x_BTD, "DF", "BTF"))
         else:
-            up_BTF = jax.nn.gelu(up_BTF, approximate=True)
+            up_BTF = ACTIVATIONS[self.config.activation](up_BTF)
         return self.linear(
             "down", constrain(up_BTF, "BTF"), "FD", "BTD", residual_scale(self.config)
         )
 
 
 class TransformerBlock(Layer):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): GPT-2's order (Radford et al. 2019,
-    section 2.3).
+    """Attention and then a feed-forward layer, each added to the residual stream: GPT-2's order,
+    x + layer(norm(x)) (Radford et al. 2019, section 2.3), or GPT-1's, norm(x + layer(x)) (Radford
+    et al. 2018, equation 2).
     """
 
     @nn.compact
@@ -193,12 +212,22 @@ class TransformerBlock(Layer):
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]. A key means training: without one nothing is dropped."""
         keys = (None, None) if key is None else jax.random.split(key)
-        y_BTD = Attention(self.config, name="attention")(
-            Norm(self.config, name="attention_norm")(x_BTD), positions_BT, mask, cached
+        attention, ffn = (
+            Attention(self.config, name="attention"),
+            FeedForward(self.config, name="ffn"),
         )
-        x_BTD = constrain(x_BTD + drop(y_BTD, self.config.dropout, keys[0]), "BTD")
-        y_BTD = FeedForward(self.config, name="ffn")(Norm(self.config, name="ffn_norm")(x_BTD))
-        return constrain(x_BTD + drop(y_BTD, self.config.dropout, keys[1]), "BTD")
+        x_BTD = self.add(
+            x_BTD, lambda x: attention(x, positions_BT, mask, cached), "attention_norm", keys[0]
+        )
+        return self.add(x_BTD, ffn, "ffn_norm", keys[1])
+
+    def add(self, x_BTD: jax.Array, layer: Callable, norm: str, key: jax.Array | None) -> jax.Array:
+        """The residual stream with what a layer makes of it."""
+        config, norm = self.config, Norm(self.config, name=norm)
+        if config.norm_place == "after":
+            y_BTD = constrain(x_BTD + drop(layer(x_BTD), config.dropout, key), "BTD")
+            return norm(y_BTD)
+        return constrain(x_BTD + drop(layer(norm(x_BTD)), config.dropout, key), "BTD")
 
 
 class Embedding(Layer):
@@ -219,12 +248,15 @@ class Embedding(Layer):
 
 
 class Head(Layer):
-    """The last norm, and the unembedding: its own, or the embedding when they are tied."""
+    """The last norm if there is one, and the unembedding: its own, or the embedding when they are
+    tied.
+    """
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, T, D], [V, D] -> the normalised stream and the unembedding to multiply it with."""
-        x_BTD = Norm(self.config, name="norm")(x_BTD)
+        if self.config.norm_place == "before":
+            x_BTD = Norm(self.config, name="norm")(x_BTD)
         if self.config.tied_embedding:
             return x_BTD, gather(embedding_VD.astype(self.config.compute_dtype), "VD")
         return x_BTD, self.weight(
@@ -248,17 +280,36 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     )
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+def rotate(
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    base: float,
+    scaling: tuple[float, float, float, int] | None = None,
+) -> jax.Array:
     """RoPE (Su et al. 2021, equation 34) on pairs H/2 apart. Angles in float32: bfloat16 would
     round 257 to 256.
     """
     half = x_BTNH.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling:
+        frequencies = stretch(frequencies, *scaling)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
+
+
+def stretch(
+    frequencies: jax.Array, factor: float, low: float, high: float, context_size: int
+) -> jax.Array:
+    """RoPE's frequencies for a longer context, as Llama 3.1 has them: those that turn less than
+    `low` times within the old context are divided by `factor`, those that turn more than `high`
+    times are kept, and those between are in between.
+    """
+    turns = frequencies * context_size / (2 * jnp.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 # --- parameters ----------------------------------------------------------------------------------
@@ -314,8 +365,9 @@ def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
     unembedding_VD = jnp.zeros((config.sizes["V"], config.width))
-    head = Head(config).init(head_key, x_BTD, unembedding_VD)["params"]
-    return {"embedding": embedding, "blocks": blocks, "head": head}
+    # A head without a norm whose unembedding is the embedding has no parameters.
+    head = {"params": {}} | Head(config).init(head_key, x_BTD, unembedding_VD)
+    return {"embedding": embedding, "blocks": blocks, "head": head["params"]}
 
 
 # --- the stack -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -164,6 +165,7 @@ Kind = Literal["free", "config", "data", "fatal"]
 # How, where and how long to compute, and what to watch. Where the tokenizer lies is one of them.
 FREE = {
     "name",
+    "init_from",  # what a run begins with, which it has
     "model.attention",
     "model.remat",
     "model.loss_piece",
@@ -235,6 +237,8 @@ def changes_of(
     before: Config, config: Config, step: int, rollbacks: Sequence[Rollback] = ()
 ) -> list[Change]:
     """All fields that differ, of a run whose state is that of a step, with its rollbacks."""
+    if not before.data.path and not before.data.mixture:  # converted: it has seen no text yet
+        before = replace(config, model=before.model)
     old, new = dict(_fields(before)), dict(_fields(config))
     changes = [
         Change(name, old[name], new[name], _kind(name, before, config, step))

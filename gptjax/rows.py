@@ -27,7 +27,9 @@ from gptjax.tokenizer import Tokenizer
 def with_vocabulary(model: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
     """The model with a vocabulary that holds the tokenizer's."""
     size = model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
+    # Padding is never predicted: models of others often have no id for it.
+    least = tokenizer.vocab_size - (tokenizer.pad == tokenizer.vocab_size - 1)
+    if size < least:
         raise ConfigError(
             f"model.vocab_size = {size:,}, but the tokenizer has {tokenizer.vocab_size:,} ids: "
             "give as many or more, or None to take the tokenizer's"
@@ -56,7 +58,8 @@ def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Row
         "context_size": config.model.context_size,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "pad": tokenizer.pad,
+        # Nothing sees padding: where the model has no id for it, another serves.
+        "pad": tokenizer.pad if tokenizer.pad < config.model.vocab_size else tokenizer.end,
         "end": tokenizer.end,
     }
     data = config.data

@@ -111,21 +111,29 @@ _gather.defvjp(
 def _place(x: jax.Array, letters: str, table: dict) -> jax.Array:
     assert x.ndim == len(letters), (x.shape, letters)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not mesh.auto_axes:
         return x
     # What does not divide stays whole: a prompt alone on a mesh of eight. For training, the
-    # config's checks refuse it.
+    # config's checks refuse it. Inside `jax.shard_map` an axis is its caller's.
+    axes = [_free(mesh, axis) for axis in spec(letters, table)]
     axes = [
         axis if size % _extent(mesh, axis) == 0 else None
-        for axis, size in zip(spec(letters, table), x.shape, strict=True)
+        for axis, size in zip(axes, x.shape, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def _extent(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
-    return math.prod(
-        mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())
+def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those of the axes that the mesh has and leaves to XLA."""
+    return tuple(
+        axis
+        for axis in ((axes,) if isinstance(axes, str) else axes or ())
+        if axis in mesh.auto_axes
     )
+
+
+def _extent(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def in_use_spec(letters: str) -> PartitionSpec:

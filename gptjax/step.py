@@ -67,6 +67,12 @@ def jit_init_state(config: Config, mesh: Mesh) -> Callable[[jax.Array], TrainSta
     )
 
 
+def with_params(state: TrainState, read: Callable[[], Params]) -> TrainState:
+    """The state with other parameters, which are read once its own have made room."""
+    jax.tree.map(lambda leaf: leaf.delete(), state.params)
+    return state._replace(params=read())
+
+
 def train_step(
     state: TrainState, batch: Batch, config: Config
 ) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -37,6 +37,7 @@ from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
+from gptjax.loading import check_origin, load_params
 from gptjax.metrics import Log, read_metrics
 from gptjax.model import Params, resolve
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
@@ -58,7 +59,7 @@ from gptjax.rows import load_rows, take_up, with_vocabulary
 from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sampling import Sampling
 from gptjax.sharding import local_rows, make_mesh, to_devices
-from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state
+from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state, with_params
 from gptjax.stop import Interrupted, Leaving, Stop
 from gptjax.summary import describe, left_out, summary, versions
 from gptjax.tokenizer import Tokenizer, make_tokenizer
@@ -182,7 +183,12 @@ def _fit(
     check(config, jax.device_count())
     tokenizer = make_tokenizer(config.data)
     past = find_past(run_dir, tokenizer, fork_from)
-    config = replace(config, model=with_vocabulary(config.model, tokenizer))
+    model = config.model
+    if past and model.vocab_size is None:
+        model = replace(model, vocab_size=past.config.model.vocab_size)
+    elif config.init_from and not past:
+        model = check_origin(Path(config.init_from), model, tokenizer)
+    config = replace(config, model=with_vocabulary(model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     changes = (
@@ -317,7 +323,12 @@ class _Run:
                 self.checkpoints.save(self.origin.step, state, wait=True)
             return state
         with self.events.phase("initialise"):
-            return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
+            state = jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
+            if self.config.init_from is None:
+                return state
+            origin = Path(self.config.init_from)
+            self.log.say(f"begun      with the parameters of {origin}")
+            return with_params(state, lambda: load_params(origin, self.config.model, self.mesh))
 
     def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on, and those after each rollback."""

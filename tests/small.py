@@ -1,6 +1,7 @@
 """Models and batches small enough for a test of every combination."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -40,6 +41,15 @@ MODERN = GPTConfig(
     initial_scale=0.2,
     compute_dtype="float32",
     attention="blockwise",
+)
+# What GPT-1 and GPT-Neo have, together.
+OLD = replace(
+    PLAIN,
+    norm_place="after",
+    activation="gelu_exact",
+    query_bias=False,
+    scale_attention=False,
+    initial_scale=0.1,
 )
 MODELS = {"plain": PLAIN, "modern": MODERN}
 

@@ -172,6 +172,14 @@ CONFLICTS = [  # what is changed, and words that the violation must have
     ({"model__positions": "rope", "model__width": 36}, "so it must be even: give model.head_size"),
     ({"model__window_every": 2}, "give model.window, or model.window_every 1"),
     ({"model__window": 8, "model__window_every": 5}, "give model.num_layers 10 or 15"),
+    (
+        {"model__rope_scaling": (8.0, 1.0, 4.0, 64)},
+        "give model.positions rope, or model.rope_scaling None",
+    ),
+    (
+        {"model__positions": "rope", "model__rope_scaling": (8.0, 4.0, 4.0, 64)},
+        "must be below that of high ones, 4, as in 8 1 4 8192",
+    ),
     ({"optimizer__final_learning_rate": 1.0}, "is above optimizer.learning_rate = 0.0006"),
     ({"optimizer__warmup_steps": 1001}, "= 1001, but steps = 1000: give fewer of them"),
     ({"optimizer__warmup_steps": 600, "optimizer__decay_steps": 401}, "= 1001, but steps = 1000"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from small import MODELS, MODERN, PLAIN, fresh, random_batch, run_steps
+from small import MODELS, MODERN, OLD, PLAIN, fresh, random_batch, run_steps
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, MeshConfig, OptimizerConfig
@@ -25,6 +25,8 @@ from gptjax.sharding import make_mesh, to_devices
 from gptjax.step import abstract_state, jit_train_step, loss_and_grads
 
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+# Laws that the order of a block's parts could break.
+old_too = pytest.mark.parametrize("model", [*MODELS.values(), OLD], ids=[*MODELS, "old"])
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
 MESHES = {
     "data=8": MeshConfig(data=8),
@@ -40,7 +42,7 @@ def params_of(model):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
 
 
-@every_model
+@old_too
 def test_nothing_after_a_position_changes_what_is_predicted_there(model):
     params, rng = params_of(model), np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (1, model.context_size))
@@ -53,7 +55,7 @@ def test_nothing_after_a_position_changes_what_is_predicted_there(model):
         assert not np.array_equal(before[:, changed:], run(other)[:, changed:])
 
 
-@every_model
+@old_too
 def test_a_document_packed_with_others_is_predicted_as_if_alone(model):
     params, rng = params_of(model), np.random.default_rng(0)
     documents = [rng.integers(0, model.vocab_size, size) for size in (5, 17, 10)]
@@ -66,7 +68,7 @@ def test_a_document_packed_with_others_is_predicted_as_if_alone(model):
     np.testing.assert_allclose(together, np.concatenate(alone, axis=1), atol=1e-4)
 
 
-@every_model
+@old_too
 def test_with_a_cache_is_as_without(model):
     params = params_of(model)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, model.context_size))
@@ -80,7 +82,7 @@ def test_with_a_cache_is_as_without(model):
     assert int(cache.length) == model.context_size
 
 
-@every_model
+@old_too
 @pytest.mark.parametrize("left, right", [(0, 5), (3, 9)])
 def test_padding_on_either_side_changes_no_prediction(model, left, right):
     params, size = params_of(model), 12
@@ -210,7 +212,7 @@ def test_how_it_is_computed_changes_nothing(model, change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), other, plain)
 
 
-@every_model
+@old_too
 def test_unrolled_is_as_scanned(model):
     params, tokens = params_of(model), jnp.arange(32)[None] % model.vocab_size
     scanned, _ = jax.jit(lambda: forward(params, tokens, model))()

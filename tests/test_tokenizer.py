@@ -279,10 +279,10 @@ def test_ids_are_the_librarys(tokenizers, text):
     for name in ("unigram", "bpe", "nmt_nfkc", "spaces", "dummy"):
         if "▁" in text and not tokenizers[name].normalises:
             continue
-        library = SentencePieceProcessor(model_proto=tokenizers[name]._content)
+        library = SentencePieceProcessor(model_proto=tokenizers[name].content)
         assert tokenizers[name].encode(text).tolist() == library.encode(text)
     for name in ("byte-level", "split", "metaspace", "prefix"):
-        library = Library.from_str(tokenizers[name]._content.decode())
+        library = Library.from_str(tokenizers[name].content.decode())
         library.encode_special_tokens = True
         ids = library.encode(text, add_special_tokens=False).ids
         assert tokenizers[name].encode(text).tolist() == ids
@@ -477,7 +477,7 @@ def test_another_tokenizer_is_refused(tokenizers, tmp_path):
     with pytest.raises(ConfigError, match=f"(?s){one.fingerprint}.*{other.fingerprint}"):
         other.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    (tmp_path / one.file_name).write_bytes(tokenizers["bpe"]._content)
+    (tmp_path / one.file_name).write_bytes(tokenizers["bpe"].content)
     with pytest.raises(
         ConfigError, match=f"(?s){tokenizers['bpe'].fingerprint}, but was {one.fingerprint}"
     ):
@@ -520,7 +520,7 @@ def test_damage_is_found(tokenizers, tmp_path, name):
 @pytest.mark.parametrize("name", ["unigram", "nmt_nfkc", "byte-level", "metaspace"])
 def test_half_a_file_is_no_tokenizer(tokenizers, tmp_path, name):
     suffix = Path(tokenizers[name].file_name).suffix
-    path, content = tmp_path / f"half{suffix}", tokenizers[name]._content
+    path, content = tmp_path / f"half{suffix}", tokenizers[name].content
     for place in [*np.linspace(0, len(content) - 1, 40, dtype=int), len(content) - 2]:
         path.write_bytes(content[:place])
         with pytest.raises(ConfigError, match=f"{path}: .*"):

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
+from gptjax.cli.convert import Convert, Export, convert, export
 from gptjax.cli.corpora import Prepare, prepare
 from gptjax.cli.generating import Generate, Predict, generate, predict
 from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
@@ -42,6 +43,8 @@ VERBS = {
     "prune": (prune, Prune),
     "report": (report, Report),
     "data": (data, Data),
+    "convert": (convert, Convert),
+    "export": (export, Export),
     "tokenizer train": (train_tokenizer, TrainTokenizer),
     "tokenizer inspect": (inspect_tokenizer, InspectTokenizer),
     "tokenizer encode": (encode_text, EncodeText),
@@ -50,6 +53,7 @@ VERBS = {
 PLACEHOLDERS = {
     "prepare": "FILE",
     "train": "FILE",
+    "convert": "HF_FOLDER",
     "tokenizer train": "TEXT",
     "tokenizer inspect": "TOKENIZER",
     "tokenizer encode": "TOKENIZER",

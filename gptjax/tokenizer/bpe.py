@@ -13,6 +13,7 @@ from gptjax.tokenizer.files import read_json, read_whole
 from gptjax.tokenizer.pieces import ASCII_SPACES, LONE_BREAKS, SPACES, WORD_START, PieceTokenizer
 
 END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|end|>")
+NAMED = "gptjax"  # of our own part of a tokenizer.json that is kept: names of end and padding
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<PAD>")
 
 # The texts that these patterns split are split before a lone space, and after a lone line break,
@@ -32,8 +33,8 @@ class BPETokenizer(PieceTokenizer):
     """Byte-pair encoding as the library `tokenizers` has it, with the ids of its files.
 
     Byte-level BPE without a normaliser, such as GPT-2's, is exact on every byte string; bytes that
-    are not UTF-8 are encoded one at a time. Special tokens that a text spells are text; added
-    tokens that are not special are found in it.
+    are not UTF-8 are encoded one at a time. GPT-1's marks where words end. Special tokens that a
+    text spells are text; added tokens that are not special are found in it.
     """
 
     kind = "bpe"
@@ -49,6 +50,7 @@ class BPETokenizer(PieceTokenizer):
         """
         try:
             spec = json.loads(content)
+            named = spec.pop(NAMED, {})
             library = _library(spec)
             model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
             normalizers = list(_steps(spec["normalizer"]))
@@ -65,17 +67,22 @@ class BPETokenizer(PieceTokenizer):
                 f"{where}: the ids of {len(names):,} tokens are not those from 0 to "
                 f"{len(names) - 1:,}, each once; copy it again"
             )
+        kinds = [step["type"] for step in splitters]
+        byte_level, suffix = "ByteLevel" in kinds, model.get("end_of_word_suffix") or ""
+        words = bool(suffix) and kinds == ["BertPreTokenizer"]
         for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(name):
+            if model.get(name) and not (words and model[name] == suffix):
                 raise ConfigError(
                     f"{where}: {name} {model[name]!r} is not supported; use byte-level BPE, such "
-                    "as GPT-2's, or BPE with '▁' for spaces"
+                    "as GPT-2's, BPE with '▁' for spaces, or GPT-1's"
                 )
-        kinds = [step["type"] for step in splitters]
-        byte_level = "ByteLevel" in kinds
-        if not byte_level and not any(
-            "Metaspace" in step["type"] or step.get("content") == WORD_START
-            for step in [*normalizers, *splitters]
+        if (
+            not byte_level
+            and not words
+            and not any(
+                "Metaspace" in step["type"] or step.get("content") == WORD_START
+                for step in [*normalizers, *splitters]
+            )
         ):
             raise ConfigError(
                 f"{where}: takes texts apart by {', '.join(kinds) or 'nothing'}, which is not "
@@ -102,6 +109,8 @@ class BPETokenizer(PieceTokenizer):
                 return bytes(bytes_of[character] for character in name)
             if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name):
                 return bytes([int(name[3:5], 16)])
+            if words:
+                return (name.removesuffix(suffix) + " " * name.endswith(suffix)).encode()
             return name.replace(WORD_START, " ").encode()
 
         normalises = []
@@ -113,11 +122,13 @@ class BPETokenizer(PieceTokenizer):
             normalises.append("white space beside some added tokens is left out")
         if unkept := [step["type"] for step in splitters if not _keeps_all(step)]:
             normalises.append(f"some characters may be left out by {', '.join(unkept)}")
-        if not byte_level:
+        if words:
+            normalises.append("words are separated by one space each")
+        elif not byte_level:
             normalises.append("'▁' becomes a space")
-            if not model.get("byte_fallback"):
-                becomes = f"become {unknown!r}" if unknown else "are lost"
-                normalises.append(f"characters outside the vocabulary {becomes}")
+        if not byte_level and not model.get("byte_fallback"):
+            becomes = f"become {unknown!r}" if unknown else "are lost"
+            normalises.append(f"characters outside the vocabulary {becomes}")
         if normalises:
             normalises.append("bytes that are not UTF-8 become U+FFFD")
 
@@ -130,8 +141,8 @@ class BPETokenizer(PieceTokenizer):
             where,
             table=[meaning(token, names[token]) for token in range(len(names))],
             special={token: name for token, name in special.items() if name != unknown},
-            end=_first_named(END_NAMES, special),
-            pad=_first_named(PAD_NAMES, special),
+            end=_first_named((named.get("end"), *END_NAMES), special),
+            pad=_first_named((named.get("pad"), *PAD_NAMES), special),
             normalises=normalises,
             byte_ids=np.array([vocab[name] for name in alphabet if byte_level], np.int32),
             apart="",
@@ -272,29 +283,44 @@ def read_bpe(path: Path) -> bytes:
         )
     fixed = {"truncation": None, "padding": None, "post_processor": None}
     parts = {"normalizer": None, "pre_tokenizer": None, "added_tokens": []}
-    return _canonical(parts | spec | fixed | {"model": model | {"dropout": None}})
+    spec = parts | spec | fixed | {"model": model | {"dropout": None}}
+    return _canonical(spec | _named(path.parent, spec["added_tokens"]))
+
+
+def _named(folder: Path, added: list[dict]) -> dict[str, dict[str, str]]:
+    """What the tokenizer_config.json beside a tokenizer.json names end and padding, where the names
+    that we know would be others.
+    """
+    path = folder / "tokenizer_config.json"
+    given = read_json(path) if path.is_file() else {}
+    special = {one["id"]: one["content"] for one in added if one["special"]}
+    named, end = {}, None
+    for name, option, known in (("end", "eos_token", END_NAMES), ("pad", "pad_token", PAD_NAMES)):
+        token = given.get(option)
+        token = token["content"] if isinstance(token, dict) else token
+        ours = special.get(_first_named(known, special))
+        # Padding that is also the end would hide where texts end.
+        if token in special.values() and token not in (ours, end):
+            named[name] = token
+        end = end or named.get(name, ours)
+    return {NAMED: named} if named else {}
 
 
 def read_gpt2(vocab_path: Path, merges_path: Path) -> bytes:
-    """The same of GPT-2's two files.
+    """The same of GPT-2's two files, or of GPT-1's, whose pieces say where a word ends.
+
+    Added tokens are those of `tokenizer_config.json` or `added_tokens.json` beside them.
 
     Raises:
       ConfigError: if one is not whole, or they are not of one tokenizer.
     """
     vocab = read_json(vocab_path)
-    lines = read_whole(merges_path).decode(errors="replace").replace("\r\n", "\n").split("\n")
-    merges = []
-    for number, line in enumerate(lines, 1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        if len(pair := line.split(" ")) != 2:
-            raise ConfigError(
-                f"{merges_path}: line {number} is {line!r}, but a merge is two pieces with a space "
-                "between them; copy the file again"
-            )
-        merges.append(pair)
-    made = {"".join(pair) for pair in merges} | {*_byte_alphabet()}
+    merges = _read_merges(merges_path)
+    words = any(name.endswith(WORD_END) for name in vocab)
+    made = {"".join(pair) for pair in merges} | ({*()} if words else {*_byte_alphabet()})
     special = [name for name in vocab if name not in made]
+    if words:
+        special = [UNKNOWN] if UNKNOWN in vocab else []
     unmade = [name for name in special if not re.fullmatch("<.+>", name)]
     if unmade or not made <= {*vocab}:
         what = f"{vocab_path.name} has {len(unmade):,} pieces that no merge makes"
@@ -302,39 +328,102 @@ def read_gpt2(vocab_path: Path, merges_path: Path) -> bytes:
             lost = sorted(made - {*vocab})
             what = f"{vocab_path.name} lacks {len(lost):,} pieces, such as {lost[0]!r}"
         raise ConfigError(f"{merges_path}: {what}; copy both files again, from the same tokenizer")
+    added = {vocab[name]: added_token(vocab[name], name) for name in special}
+    added |= _read_added(vocab_path.parent)
+    build = word_end_spec if words else byte_level_spec
+    return _canonical(build(vocab, merges, [added[token] for token in sorted(added)]))
+
+
+WORD_END = "</w>"  # of pieces of GPT-1
+UNKNOWN = "<unk>"
+
+
+def _read_merges(path: Path) -> list[list[str]]:
+    lines = read_whole(path).decode(errors="replace").replace("\r\n", "\n").split("\n")
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        if len(pair := line.split(" ")) != 2:
+            raise ConfigError(
+                f"{path}: line {number} is {line!r}, but a merge is two pieces with a space "
+                "between them; copy the file again"
+            )
+        merges.append(pair)
+    return merges
+
+
+def _read_added(folder: Path) -> dict[int, dict]:
+    """The tokens that were added to two files, by their ids."""
+    config_path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    if config_path.is_file() and (given := read_json(config_path).get("added_tokens_decoder")):
+        return {int(token): added_token(int(token), **one) for token, one in given.items()}
+    if not added_path.is_file():
+        return {}
+    names = folder / "special_tokens_map.json"
+    special = str(read_json(names)) if names.is_file() else ""
+    return {
+        token: added_token(token, name, special=repr(name) in special)
+        for name, token in read_json(added_path).items()
+    }
+
+
+def added_token(token: int, content: str, special: bool = True, **flags: bool) -> dict:
+    """A token that is added to a vocabulary, as a tokenizer.json has it."""
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": content, **off, **flags, "special": special}
+
+
+def byte_level_spec(vocab: dict[str, int], merges: list[list[str]], added: list[dict]) -> dict:
+    """A tokenizer.json of byte-level BPE, as GPT-2's."""
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
         "use_regex": True,
     }
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    parts = {"normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level}
+    return _spec(vocab, merges, added, unk_token=None, end_of_word_suffix=None, **parts)
+
+
+def word_end_spec(vocab: dict[str, int], merges: list[list[str]], added: list[dict]) -> dict:
+    """A tokenizer.json of BPE as GPT-1's, of words in lower case."""
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": True,
+    }
+    parts = {
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "decoder": {"type": "BPEDecoder", "suffix": WORD_END},
+    }
+    unknown = UNKNOWN if UNKNOWN in vocab else None
+    return _spec(vocab, merges, added, unk_token=unknown, end_of_word_suffix=WORD_END, **parts)
+
+
+def _spec(vocab, merges, added, *, unk_token, end_of_word_suffix, **parts: dict | None) -> dict:
     model = {
         "type": "BPE",
         "dropout": None,
-        "unk_token": None,
+        "unk_token": unk_token,
         "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
+        "end_of_word_suffix": end_of_word_suffix,
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": False,
         "vocab": vocab,
         "merges": merges,
     }
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": vocab[name], "content": name, **flags, "special": True} for name in special
-        ],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": model,
-    }
-    return _canonical(spec)
+    rest = {"version": "1.0", "truncation": None, "padding": None, "post_processor": None}
+    return rest | {"added_tokens": added, **parts, "model": model}
+
+
+def raw_byte_spec() -> dict:
+    """A tokenizer.json whose ids are the bytes of a text."""
+    return byte_level_spec({name: byte for byte, name in enumerate(_byte_alphabet())}, [], [])
 
 
 def _canonical(spec: dict) -> bytes:

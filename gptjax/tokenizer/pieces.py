@@ -57,6 +57,7 @@ class PieceTokenizer:
 
     kind: str
     file_name: str  # in a run's folder `tokenizer`
+    content: bytes  # of that file
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class PieceTokenizer:
           unit: bytes from which on a unit ends at the next cut; 1: it ends at every cut.
           first, rest: the ids of texts that begin a text, and of texts that go on from a cut.
         """
-        self._content, self._where = content, where
+        self.content, self._where = content, where
         self._first, self._rest = first, rest
         self._cuts = re.compile(b"|".join(cuts)) if cuts else None
         self._unit, self._byte_ids, self._apart = unit, byte_ids, apart
@@ -116,7 +117,7 @@ class PieceTokenizer:
         return token
 
     def __reduce__(self) -> tuple:
-        return type(self), (self._content, self._where)
+        return type(self), (self.content, self._where)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
@@ -220,7 +221,7 @@ class PieceTokenizer:
         Raises:
           ConfigError: if another tokenizer was saved there.
         """
-        save_tokenizer(folder, self, {self.file_name: self._content})
+        save_tokenizer(folder, self, {self.file_name: self.content})
 
 
 def _character_start(text: bytes, position: int) -> int:

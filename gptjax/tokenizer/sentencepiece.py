@@ -131,6 +131,43 @@ class SentencePieceTokenizer(PieceTokenizer):
         )
 
 
+class Pieces(NamedTuple):
+    """What a model of SentencePiece says."""
+
+    pieces: list[str]
+    scores: list[float]
+    controls: list[int]
+    unknown: int
+    user_defined: bool  # some pieces are found in a text before all others
+    is_bpe: bool
+    byte_fallback: bool
+    rule: str  # by which characters are changed
+    one_space: bool
+    dummy_prefix: bool
+
+
+def read_pieces(content: bytes) -> Pieces:
+    """What the content of a `.model` file says, which a tokenizer was made of."""
+    spec = dict(_fields(content))
+    trainer, normalizer = dict(_fields(spec[2])), dict(_fields(spec[3]))
+    processor = _processor(content)
+    ids = range(processor.get_piece_size())
+    kinds = [dict(_fields(piece)).get(3, 1) for number, piece in _fields(content) if number == 1]
+    # By the numbers of sentencepiece_model.proto, in SentencePiece's repository.
+    return Pieces(
+        pieces=[processor.id_to_piece(i) for i in ids],
+        scores=[processor.get_score(i) for i in ids],
+        controls=[i for i in ids if processor.is_control(i)],
+        unknown=processor.unk_id(),
+        user_defined=4 in kinds,
+        is_bpe=trainer.get(3, 1) == 2,
+        byte_fallback=bool(trainer.get(35, 0)),
+        rule=normalizer.get(1, b"").decode() if normalizer.get(2) else "",
+        one_space=bool(normalizer.get(4, 1)),
+        dummy_prefix=bool(normalizer.get(3, 1)),
+    )
+
+
 def _processor(content: bytes) -> Any:
     from sentencepiece import SentencePieceProcessor
 
