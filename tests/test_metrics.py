@@ -4,9 +4,9 @@ import dataclasses
 import io
 import json
 import math
-import resource
 import os
 import pty
+import resource
 import sys
 import termios
 import time
