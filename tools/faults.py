@@ -880,7 +880,7 @@ def numerics(
     poisoned += not _all_finite(lab.folder / run)
     tell(1)
     if clean_steps:
-        clean = lab.undisturbed("--steps", str(clean_steps))
+        clean = lab.undisturbed("--steps", str(clean_steps), "--save-every", "None")
         needless += sum(bool(line["train/skipped"]) for line in lab.metrics(clean))
         tell(1)
     outcome.check(not poisoned, f"{poisoned} runs have saved what is not finite")
