@@ -320,19 +320,22 @@ def points(
     chains = [names[job::jobs] for job in range(jobs)]
 
     def survive(chain: Sequence[str]) -> None:
-        run = f"points-{chain[0]}"
+        runs = [f"points-{chain[0]}"]
         for name in chain:
             fault = f"{name}:kill9@{VISITS.get(name, 1)}"
-            with lab.running(run, *options, fault=fault) as [command]:
+            with lab.running(runs[-1], *options, fault=fault) as [command]:
                 code = command.wait()
             if code == -signal.SIGKILL:
                 passed.append(name)
             else:
                 outcome.problems.append(f"{name}: code {code}, the run never came there")
+                runs.append(f"points-after-{name}")
             tell(1)
-        lab.finish(run, *options)
-        outcome.problems += differences(lab, run, whole)
-        outcome.check(not (left := lab.unfinished(run)), f"{run}: left behind {', '.join(left)}")
+        for run in runs:
+            lab.finish(run, *options)
+            outcome.problems += differences(lab, run, whole)
+            left = lab.unfinished(run)
+            outcome.check(not left, f"{run}: left behind {', '.join(left)}")
 
     in_turn(jobs, [lambda chain=chain: survive(chain) for chain in chains if chain])
     outcome.figures |= {"points": len(names), "passed": len(passed)}
