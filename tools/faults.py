@@ -315,8 +315,9 @@ def points(
     options = ("--steps", "150")
     whole = lab.undisturbed(*options)
     outcome, passed = Outcome("points"), []
-    # Nothing is restored before something is saved.
-    names = sorted(names, key=lambda name: name == "restore")
+    # Nothing is restored before something is saved, and all is done before the sample.
+    late = ("restore", "sample")
+    names = sorted(names, key=lambda name: late.index(name) + 1 if name in late else 0)
     chains = [names[job::jobs] for job in range(jobs)]
 
     def survive(chain: Sequence[str]) -> None:
