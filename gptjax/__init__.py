@@ -18,7 +18,7 @@ _FILE_OF = {
         "sharding": "make_mesh",
         "attention": "Mask attend",
         "model": "KVCache abstract_params forward init_params param_letters token_losses",
-        "rundir": "CheckpointError read_run",
+        "rundir": "BusyError CheckpointError read_run",
         "checkpoint": "Checkpoints",
         "hf": "load_hf save_hf",
         "loading": "load",
@@ -27,7 +27,8 @@ _FILE_OF = {
         "prefill": "prepare",
         "decoding": "Completion Score complete generate next_token_logits score stream stream_text",
         "step": "TrainState abstract_state train_step",
-        "train": "DivergenceError Interrupted fit",
+        "stop": "Interrupted",
+        "train": "DivergenceError fit",
     }.items()
     for name in names.split()
 }

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.cli import BUG, explain, parse
+from gptjax.cli import parse
 from gptjax.config import ConfigError, check, load_experiment, refuse
+from gptjax.errors import BUG, explain
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPARED = ("data/batch_hash", "train/loss", "train/grad_norm")

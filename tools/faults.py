@@ -315,24 +315,28 @@ def points(
     options = ("--steps", "150")
     whole = lab.undisturbed(*options)
     outcome, passed = Outcome("points"), []
-    # Nothing is restored before something is saved.
-    names = sorted(names, key=lambda name: name == "restore")
+    # Nothing is restored before something is saved, and all is done before the sample.
+    late = ("restore", "sample")
+    names = sorted(names, key=lambda name: late.index(name) + 1 if name in late else 0)
     chains = [names[job::jobs] for job in range(jobs)]
 
     def survive(chain: Sequence[str]) -> None:
-        run = f"points-{chain[0]}"
+        runs = [f"points-{chain[0]}"]
         for name in chain:
             fault = f"{name}:kill9@{VISITS.get(name, 1)}"
-            with lab.running(run, *options, fault=fault) as [command]:
+            with lab.running(runs[-1], *options, fault=fault) as [command]:
                 code = command.wait()
             if code == -signal.SIGKILL:
                 passed.append(name)
             else:
                 outcome.problems.append(f"{name}: code {code}, the run never came there")
+                runs.append(f"points-after-{name}")
             tell(1)
-        lab.finish(run, *options)
-        outcome.problems += differences(lab, run, whole)
-        outcome.check(not (left := lab.unfinished(run)), f"{run}: left behind {', '.join(left)}")
+        for run in runs:
+            lab.finish(run, *options)
+            outcome.problems += differences(lab, run, whole)
+            left = lab.unfinished(run)
+            outcome.check(not left, f"{run}: left behind {', '.join(left)}")
 
     in_turn(jobs, [lambda chain=chain: survive(chain) for chain in chains if chain])
     outcome.figures |= {"points": len(names), "passed": len(passed)}
@@ -880,7 +884,7 @@ def numerics(
     poisoned += not _all_finite(lab.folder / run)
     tell(1)
     if clean_steps:
-        clean = lab.undisturbed("--steps", str(clean_steps))
+        clean = lab.undisturbed("--steps", str(clean_steps), "--save-every", "None")
         needless += sum(bool(line["train/skipped"]) for line in lab.metrics(clean))
         tell(1)
     outcome.check(not poisoned, f"{poisoned} runs have saved what is not finite")

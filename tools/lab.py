@@ -35,7 +35,7 @@ def config():
     )
 """
 POLL_SECONDS = 0.01
-LIMIT_SECONDS = 180  # that a run may take for what should take a few: the machine may be busy
+LIMIT_SECONDS = 900  # that a run may take, or a moment may be waited for: the machine may be busy
 # What an unfinished save, removal or write is called.
 SET_ASIDE = {"quarantine", "abandoned"}  # folders of what is kept, but is no part of a run
 UNFINISHED = re.compile(r"\.(saving|deleting|replaced|new)\b|orbax-checkpoint-tmp")
