@@ -257,6 +257,10 @@ def test_a_mesh_holds_what_one_device_does(folder, tmp_path):
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     (config, params), (_, spread) = load_hf(folder), load_hf(folder, mesh)
     jax.tree.map(np.testing.assert_array_equal, spread, params)
+    halves = make_mesh(MeshConfig(data=4, tensor=2))  # the second holds nothing but padding
+    padded = load_hf(folder, halves, vocab_multiple=128)[1]["embedding"]["tokens"]
+    np.testing.assert_array_equal(padded[:64], params["embedding"]["tokens"])
+    assert not np.asarray(padded)[61:].any()
     up = spread["blocks"]["ffn"]["up"]
     assert up.addressable_shards[0].data.size == up.size // 8
     save_hf(tmp_path / "out", config, spread)

@@ -68,6 +68,16 @@ class Tensor(NamedTuple):
             return np.fromfile(self.path, dtype, math.prod(self.shape), offset=self.start)
         return np.memmap(self.path, dtype, "r", self.start, self.shape)
 
+    def read_into(self, array: np.ndarray) -> None:
+        """Read all of it to where it is wanted, in one piece and of the same dtype."""
+        left = memoryview(array.reshape(-1).view(np.uint8))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while left and (count := file.readinto(left)):
+                left = left[count:]
+        if left:
+            raise CheckpointError(f"{self.path}: ends {len(left):,} bytes too soon; get it again")
+
 
 def find_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors in a folder by their names: of `model.safetensors`, or of the files that

@@ -1,5 +1,6 @@
 """Parameters from the tensors of an architecture, and back, one at a time."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -119,46 +120,73 @@ def read_params(
     made = {}
     # The largest come first: what is read then lies beside least else.
     for path in sorted(leaves, key=lambda path: -leaves[path].size):
-        place = architecture.places[path]
+        place, shape = architecture.places[path], leaves[path].shape
         names = _names(path, place, architecture, config.num_layers)
-
-        def part(index: tuple[slice, ...], path=path, place=place, names=names) -> np.ndarray:
-            return _part(index, leaves[path].shape, letters[path], place, names)
-
-        def _part(index, shape, word, place, names) -> np.ndarray:
-            bounds = [range(*one.indices(size)) for one, size in zip(index, shape, strict=True)]
-            array = _aligned([len(one) for one in bounds], dtype)
-            stacked = word.startswith("L")
-            layers = bounds[0] if stacked else [0]
-            for i, layer in enumerate(layers):
-                view = _view(tensors[names[layer]], place, word.removeprefix("L"), config)
-                into = array[i] if stacked else array
-                _copy(view, bounds[1:] if stacked else bounds, into)
-                if not _finite(into):
-                    raise CheckpointError(
-                        f"{tensors[names[layer]].path}: {names[layer]} holds numbers that are not "
-                        "finite: get it again, or another model"
-                    )
-            return array
-
-        sharding = leaves[path].sharding
-        made[path] = jax.make_array_from_callback(leaves[path].shape, sharding, part)
+        part = functools.partial(
+            _part,
+            shape=shape,
+            letters=letters[path],
+            place=place,
+            found={name: tensors[name] for name in names},
+            config=config,
+            dtype=dtype,
+        )
+        made[path] = jax.make_array_from_callback(shape, leaves[path].sharding, part)
         jax.block_until_ready(made[path])
     return jax.tree.unflatten(jax.tree.structure(like), [made[path] for path in leaves])
 
 
-def _view(tensor: Tensor, place: Place, letters: str, config: GPTConfig) -> np.ndarray:
-    """A tensor, mapped, with the dimensions of these letters."""
-    view, sizes = tensor.open(), _sizes(config)
+def _part(
+    index: tuple[slice, ...],
+    *,
+    shape: tuple[int, ...],
+    letters: str,
+    place: Place,
+    found: dict[str, Tensor],
+    config: GPTConfig,
+    dtype: str,
+) -> np.ndarray:
+    """A part of a parameter, from the tensors of its layers, or from its one."""
+    bounds = [range(*one.indices(size)) for one, size in zip(index, shape, strict=True)]
+    array = _aligned([len(one) for one in bounds], dtype)
+    stacked = letters.startswith("L")
+    within = bounds[1:] if stacked else bounds
+    names = [*found]
+    for i, layer in enumerate(bounds[0] if stacked else [0]):
+        into = array[i] if stacked else array
+        _read(found[names[layer]], place, letters.removeprefix("L"), config, within, into)
+        if not _finite(into):
+            raise CheckpointError(
+                f"{found[names[layer]].path}: {names[layer]} holds numbers that are not finite: "
+                "get it again, or another model"
+            )
+    return array
+
+
+def _read(
+    tensor: Tensor,
+    place: Place,
+    letters: str,
+    config: GPTConfig,
+    bounds: list[range],
+    into: np.ndarray,
+) -> None:
+    """Read a part of a tensor; rows past the end of a vocabulary are zeros."""
+    sizes, theirs = _sizes(config), place.letters.replace(" ", "")
+    whole = all(
+        one.start == 0 and one.stop >= sizes[letter]
+        for one, letter in zip(bounds, letters, strict=True)
+    )
+    if whole and theirs == letters and place.third is None and FLOATS[tensor.dtype] == into.dtype:
+        rows = sizes[letters[0]]
+        tensor.read_into(into[:rows])
+        into[rows:] = 0
+        return
+    view = tensor.open()
     if place.third is not None:
         view = np.split(view, 3, axis=-1)[place.third]
-    theirs = place.letters.replace(" ", "")
     view = view.reshape([sizes[letter] for letter in theirs])
-    return view.transpose([theirs.index(letter) for letter in letters])
-
-
-def _copy(view: np.ndarray, bounds: list[range], into: np.ndarray) -> None:
-    """Copy a part; rows past the end of a vocabulary are zeros."""
+    view = view.transpose([theirs.index(letter) for letter in letters])
     there = view[tuple(slice(one.start, one.stop) for one in bounds)]
     into[len(there) :] = 0
     into[: len(there)] = there

@@ -27,6 +27,7 @@ _KNOWN_SPLITS = tuple(
 )
 # What these do with a space, and with the printable ASCII beside it, stays between spaces.
 _KNOWN_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace")
+_KNOWN_NORMALIZERS += ("BertNormalizer",)
 
 
 class BPETokenizer(PieceTokenizer):
@@ -233,6 +234,8 @@ def _bpe_cuts(
     if types in ([], ["Metaspace"]):
         inside = any(WORD_START in name.lstrip(WORD_START) for name in vocab)
         return [] if inside else [ASCII_SPACES]
+    if types == ["BertPreTokenizer"]:  # which splits at every space, whatever is there
+        return [ASCII_SPACES]
     patterns = [step["pattern"].get("Regex") for step in splitters if step["type"] == "Split"]
     gpt2 = types == ["ByteLevel"] and splitters[0].get("use_regex", True)
     known = types == ["Split", "ByteLevel"] and (
