@@ -77,9 +77,7 @@ def attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: 
     s_BKGTS = _scores(q_BKGTH, k_BKSH, mask, slice(0, T), slice(0, k_BKSH.shape[2]))
     p_BKGTS = jax.nn.softmax(s_BKGTS).astype(v_BKSH.dtype)
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", p_BKGTS, v_BKSH)
-    out_BTNH = out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
-    # Without the barrier XLA turns the next weight instead of this, which is smaller, at every step.
-    return jax.lax.optimization_barrier(out_BTNH)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def choose(
