@@ -74,8 +74,9 @@ class Layer(nn.Module):
         GPT-2's, times `scale`. A bias is added if both `bias` and the config say so.
         """
         init = nn.initializers.normal(self.config.initial_scale * scale)
-        given = "BT" + letters.removesuffix(out[2:])
-        y = jnp.einsum(f"{given},{letters}->{out}", x, self.weight(name, letters, init))
+        # Not einsum: it sums over H before N, and so turns a weight of "NHD" first.
+        given = len(letters) - len(out[2:])
+        y = jnp.tensordot(x, self.weight(name, letters, init), given)
         return y + self.weight(f"{name}_bias", out[2:]) if self.config.bias and bias else y
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from gptjax import cli
+from gptjax import cli, decoding
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, DataConfig, GPTConfig
 from gptjax.rundir import BusyError, CheckpointError, save_run
@@ -230,6 +231,48 @@ def test_generate(monkeypatch, capsys, run_dir):
     two = printed(monkeypatch, capsys, *arguments, "--num-samples", "2")
     assert two.startswith(f"--- sample 1 of 2 ---\n{out}--- sample 2 of 2 ---\nnaïve")
     assert not two.endswith(out)
+
+
+def test_generate_with_everything(monkeypatch, capsys, run_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\nthree\n")
+    words = ["generate", run_dir, "--prompt-file", tmp_path / "prompts.txt", "--max-tokens", "4"]
+    words += ["--batch-size", "2", "--num-samples", "2", "--logprobs", "1", "--top-p", "0.9"]
+    out = printed(monkeypatch, capsys, *words, "--no-repeat-ngram", "2", "--min-tokens", "4")
+    titles = [line for line in out.splitlines() if line.startswith("--- ")]
+    assert titles[0] == "--- prompt 1 of 3, sample 1 of 2 ---"
+    assert titles[-1] == "--- prompt 3 of 3, sample 2 of 2 ---"
+    assert len(titles) == 6
+    assert len([line for line in out.splitlines() if line[:3].strip().startswith("-")]) >= 6 + 24
+    beams = ["--prompt", "x", "--beams", "2", "--max-tokens", "4", "--early-stopping", "never"]
+    assert "\nscore -" in printed(monkeypatch, capsys, "generate", run_dir, *beams)
+
+
+def test_generate_reads_prompts_from_standard_input(monkeypatch, capsys, run_dir):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    words = ["--prompt-file", "-", "--max-tokens", "4", "--stop", "a", "b", "--stop-ids", "7"]
+    out = printed(monkeypatch, capsys, "generate", run_dir, *words)
+    assert "--- prompt 1 of 2 ---\none" in out and "--- prompt 2 of 2 ---\ntwo" in out
+
+
+def test_generate_says_all_that_is_wrong(monkeypatch, capsys, run_dir):
+    words = ["--beams", "2", "--temperature", "1", "--stop-ids", "999", "--prompt", "x"]
+    words += ["--prompt-file", "y", "--stride", "16"]
+    code, err = last_words(monkeypatch, capsys, "generate", run_dir, *words)
+    assert code == 2
+    for word in ("beams = 2 with temperature", "stop_ids", "--prompt-file", "stride = 16"):
+        assert word in err
+
+
+def test_a_generation_that_is_interrupted_keeps_what_it_printed(monkeypatch, capsys, run_dir):
+    def interrupted(*arguments, **options):
+        yield "so far"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding, "stream_text", interrupted)
+    monkeypatch.setattr(sys, "argv", ["gptjax", "generate", str(run_dir), "--prompt", "x"])
+    assert cli.main() == 130
+    out, err = capsys.readouterr()
+    assert out == "xso far\n" and err.startswith("gptjax: stopped[130]")
 
 
 def test_predict(monkeypatch, capsys, run_dir):
