@@ -323,6 +323,8 @@ class Checkpoints:
                     raise _damaged(self._steps / step, lines)
                 refused[candidate] = lines
             else:
+                if {*self._steps.candidates()} - {*candidates, *refused}:  # one has come meanwhile
+                    continue
                 if refused:
                     raise self._none_valid(refused)
                 return None

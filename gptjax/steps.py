@@ -141,8 +141,12 @@ def _is_step(name: str) -> bool:
 
 
 def _is_candidate(path: Path) -> bool:
-    is_folder = path.is_dir() and not path.is_symlink()
-    return _is_step(path.name) and is_folder and any(path.iterdir())
+    if not _is_step(path.name) or path.is_symlink():
+        return False
+    try:
+        return any(path.iterdir())
+    except OSError:  # no folder, or it has just gone
+        return False
 
 
 def _is_unfinished(path: Path) -> bool:

@@ -474,6 +474,7 @@ def test_a_save_that_fails_is_tried_again_with_the_state_of_that_time(tmp_path, 
         checkpoints.save(2, make_state(2))
         while checkpoints.latest() == 1:
             step += 1
+            assert step < 2000, "the failure is not learnt of"
             if checkpoints.due_again(step):
                 tried.append(step)
                 checkpoints.save(step, make_state(step))

@@ -132,7 +132,7 @@ def test_a_manifest_of_another_format_says_so(run_dir, tmp_path, monkeypatch):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("times", [12, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_damage_is_found_and_the_step_before_is_restored(run_dir, tmp_path, times):
     """And the verdict of `verify` is that of `restore`."""
     like, draw = like_on(mesh_of(fsdp=1), make_state()), random.Random(times)
@@ -154,7 +154,7 @@ def test_readers_get_a_whole_step_while_the_trainer_replaces_and_removes_them(tm
     stop, like = threading.Event(), like_on(mesh_of(fsdp=1), make_state())
 
     def rotate():
-        with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        with Checkpoints(tmp_path, keep_last=2) as checkpoints:
             while not stop.is_set():
                 for step in (1, 2, 3):
                     checkpoints.save(step, make_state(step), wait=True)
