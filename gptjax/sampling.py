@@ -116,6 +116,7 @@ class Rules(NamedTuple):
 
     greedy: bool
     top_k: bool
+    among: int  # so many of the likeliest have all that top_k leaves; 0: any number may
     top_p: bool
     min_p: bool
     repetition: bool
@@ -157,6 +158,7 @@ def settings(sampling: Sampling, lengths: list[int], ends: tuple[int, ...]) -> t
     rules = Rules(
         greedy=s.temperature == 0,
         top_k=s.top_k is not None,
+        among=0 if s.top_k is None or s.top_k > 1024 else max(LANES, 1 << s.top_k.bit_length()),
         top_p=s.top_p is not None and s.top_p < 1,
         min_p=s.min_p is not None,
         repetition=s.repetition_penalty != 1,
@@ -260,7 +262,12 @@ def choose_token(logits_BV: jax.Array, key_B: jax.Array, values: Values, rules: 
     """Draw an id for each row [B] from its logits, with a key a row."""
     if rules.greedy:
         return logits_BV.argmax(-1).astype(jnp.int32)
-    return draw(weights_of(logits_BV, values, rules), key_B)
+    if not rules.among:
+        return draw(weights_of(logits_BV, values, rules), key_B)
+    # Of a few all that follows is quick.
+    logits_BI, token_BI = jax.lax.top_k(logits_BV, min(rules.among, logits_BV.shape[1]))
+    place_B = draw(weights_of(logits_BI, values, rules), key_B)
+    return jnp.take_along_axis(token_BI, place_B[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
 def weights_of(logits_BV: jax.Array, values: Values, rules: Rules) -> jax.Array:
