@@ -5,8 +5,8 @@ from gptjax.tasks.choices import Choices
 from gptjax.tasks.classification import Classification
 from gptjax.tasks.dialogue import Dialogues
 from gptjax.tasks.entities import Entities
-from gptjax.tasks.pairs import Pairs
 from gptjax.tasks.packing import ExampleRows, encode_examples
+from gptjax.tasks.pairs import Pairs
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.questions import Questions
 from gptjax.tasks.task import Encoded, Prediction, Request, Task

@@ -18,7 +18,6 @@ from gptjax.tasks.task import (
     Encoded,
     Prediction,
     Request,
-    encode_with_places,
     going_on,
     joined,
     space_between,

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from itertools import pairwise
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from gptjax.tasks.task import (
     Prediction,
     Request,
     going_on,
+    going_on_each,
     joined,
     space_between,
     tell_too_long,
@@ -67,17 +69,28 @@ class Entities:
             where = [f"{file}:{number}" for number, _ in record.value]
             words = self._column(record.value, config.text or "1")
             tags = self._tag_column(record.value, labelled)
-        if not words:
+        if tags is not None and len(tags) != len(words):
+            raise Flaw("broken tags", f"{len(words)} words, but {len(tags)} tags")
+        kept = [i for i, word in enumerate(words) if self._sound_word(word, where[i], problems)]
+        if not kept:
             raise Flaw("empty text", "there are no words")
-        for word in words:
-            if not isinstance(word, str):
-                raise Flaw("no text", f"{word!r} is a word, but not a string")
-            sound(word, "a word")
+        words, where = [words[i] for i in kept], [where[i] for i in kept]
         if tags is not None:
-            if len(tags) != len(words):
-                raise Flaw("broken tags", f"{len(words)} words, but {len(tags)} tags")
-            tags = self._sound_tags(tags, where, problems)
+            tags = self._sound_tags([tags[i] for i in kept], where, problems)
         return Tagged(record.where, tuple(word.strip() for word in words), tags)
+
+    def _sound_word(self, word: Any, where: str, problems: Problems) -> bool:
+        """Whether a word is kept: an empty one may be left out of its sentence."""
+        if not isinstance(word, str):
+            raise Flaw("no text", f"{word!r} is a word, but not a string")
+        try:
+            sound(word, "the word")
+        except Flaw as flaw:
+            if not problems.repairs:
+                raise Flaw(flaw.kind, f"line {where.rpartition(':')[2]}: {flaw}") from None
+            problems.note(flaw.kind, where, f"{flaw}, and left out of its sentence", "repaired")
+            return False
+        return True
 
     def _column(self, lines: list, column: str) -> list[str]:
         found = []
@@ -159,16 +172,14 @@ class Entities:
         return [self._window(example, units, separator, one, tokenizer) for one in found]
 
     def _units(self, words: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-        units, before = [], ""
-        for word in words:
-            joiner = self.config.joiner
-            between = space_between(before, word) if joiner is None else joiner if before else ""
-            unit = going_on(between + word, tokenizer) if before else tokenizer.encode(word)
-            if not len(unit):  # a tokenizer that normalises may leave nothing of it
-                unit = going_on("?", tokenizer)
-            units.append(unit)
-            before = word
-        return units
+        rest = [self._between(*pair) + pair[1] for pair in pairwise(words)]
+        units = [tokenizer.encode(words[0]), *going_on_each(rest, tokenizer)]
+        # A tokenizer that normalises may leave nothing of a word.
+        return [unit if len(unit) else going_on("?", tokenizer) for unit in units]
+
+    def _between(self, before: str, word: str) -> str:
+        joiner = self.config.joiner
+        return space_between(before, word) if joiner is None else joiner
 
     def _window(
         self,
@@ -199,9 +210,8 @@ class Entities:
     ) -> Prediction:
         tags = ["O"] * len(example.words)
         for one, out in zip(windows, outputs, strict=True):
-            for (place, word, _), number in zip(
-                one.units, out[one.units[:, 0]].argmax(axis=1), strict=True
-            ):
+            numbers = out[one.units[:, 0]].argmax(axis=1)
+            for word, number in zip(one.units[:, 1], numbers, strict=True):
                 tags[word] = self.labels[number]
         return self._said(example, tags)
 
@@ -222,12 +232,8 @@ class Entities:
         }
 
     def _text(self, example: Tagged, start: int = 0, stop: int | None = None) -> str:
-        text = ""
-        for word in example.words[start:stop]:
-            joiner = self.config.joiner
-            between = space_between(text, word) if joiner is None else joiner if text else ""
-            text += between + word
-        return text
+        words = example.words[start:stop]
+        return words[0] + "".join(self._between(*pair) + pair[1] for pair in pairwise(words))
 
     # --- prompting -----------------------------------------------------------------------------
 

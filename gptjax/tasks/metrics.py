@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.sources import needed
-from gptjax.tasks.tags import Scheme, entities, strict_entities
+from gptjax.tasks.tags import Entity, Scheme, entities, strict_entities
 
 # --- classes -----------------------------------------------------------------------------------
 
@@ -75,13 +75,13 @@ def entity_counts(
     Args:
       strict: only entities that are spelled as this scheme demands; None: as conlleval reads them.
     """
-
-    def found(tags: Sequence[str]) -> set:
-        return {*(strict_entities(tags, strict) if strict else entities(tags))}
-
-    pairs = [(found(one), found(other)) for one, other in zip(truth, said, strict=True)]
+    pairs = zip(_entity_sets(truth, strict), _entity_sets(said, strict), strict=True)
     counts = [(len(there & other), len(other), len(there)) for there, other in pairs]
     return np.array(counts, np.int64).reshape(-1, 3)
+
+
+def _entity_sets(sentences: Sequence[Sequence[str]], strict: Scheme | None) -> list[set[Entity]]:
+    return [{*(strict_entities(one, strict) if strict else entities(one))} for one in sentences]
 
 
 def entity_figures(
@@ -91,19 +91,18 @@ def entity_figures(
     share of tags that are right.
     """
     figures = _f1_figures(entity_counts(truth, said, strict).sum(axis=0))
-    kinds: dict[str, np.ndarray] = {}
-    for number, tags in enumerate((truth, said)):
-        for place, one in enumerate(tags):
-            for entity in {*(strict_entities(one, strict) if strict else entities(one))}:
-                counts = kinds.setdefault(entity.kind, np.zeros(3))
-                counts[2 - number] += 1
-                if not number:
-                    other = said[place]
-                    there = strict_entities(other, strict) if strict else entities(other)
-                    counts[0] += entity in there
-    for kind in sorted(kinds):
-        figures[f"f1_{kind}"] = _f1_figures(kinds[kind])["f1"]
-    same = [one == other for pair in zip(truth, said, strict=True) for one, other in zip(*pair)]
+    kinds = [Counter(), Counter(), Counter()]  # right, said, there
+    for there, other in zip(_entity_sets(truth, strict), _entity_sets(said, strict), strict=True):
+        for counter, found in zip(kinds, (there & other, other, there), strict=True):
+            counter.update(one.kind for one in found)
+    for kind in sorted({*kinds[1], *kinds[2]}):
+        counts = np.array([counter[kind] for counter in kinds])
+        figures[f"f1_{kind}"] = _f1_figures(counts)["f1"]
+    same = [
+        one == other
+        for tags, others in zip(truth, said, strict=True)
+        for one, other in zip(tags, others, strict=True)
+    ]
     return figures | {"tag_accuracy": ratio(sum(same), len(same))}
 
 
@@ -118,8 +117,12 @@ def _f1_figures(counts: np.ndarray) -> dict[str, float]:
 
 # --- answers -----------------------------------------------------------------------------------
 
-# What CMRC 2018's evaluation leaves out of answers.
-CMRC_SIGNS = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
+# What CMRC 2018's evaluation leaves out of answers: signs of ASCII, of Chinese, and wide ones.
+CMRC_SIGNS = frozenset(
+    "-:_*^/\\~`+="
+    "\u3001\u3002\u300a\u300b\u300c\u300d\u300e\u300f\u00b7\u2019\u201c\u201d"
+    "\uff01\uff08\uff09\uff0c\uff0d\uff1a\uff1b\uff1f\uff5e"
+)
 
 
 def plain_answer(text: str) -> str:

@@ -48,19 +48,19 @@ def encode_examples(
 
     Args:
       problems: told of what is too long.
-      to_learn: leave out, and tell, what has nothing to be learnt, such as a question whose answer
-        is not in its text.
+      to_learn: leave out windows in which nothing has a weight, and tell of examples of which
+        nothing is left, such as a question whose answer is not in its text.
     """
     parts, example_of = [], []
     for number, example in enumerate(examples):
-        for one in task.encode(example, tokenizer, size, problems):
-            assert len(one.tokens) <= size, (example.where, len(one.tokens))
-            if to_learn and not one.weights.any():
-                why = "no token of it, or of a window of it, has a weight"
-                problems.note("nothing to learn", example.where, why, "left out")
-                continue
-            parts.append(one)
-            example_of.append(number)
+        windows = task.encode(example, tokenizer, size, problems)
+        assert all(len(one.tokens) <= size for one in windows), example.where
+        kept = [one for one in windows if one.weights.any()] if to_learn else windows
+        if windows and not kept:
+            why = "it has no label, or none that can be shown"
+            problems.note("nothing to learn", example.where, why, "left out")
+        parts += kept
+        example_of += [number] * len(kept)
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [
         np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32),
         np.zeros((0, 3), np.int32),

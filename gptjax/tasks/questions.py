@@ -17,7 +17,6 @@ from gptjax.tasks.task import (
     Prediction,
     Request,
     encode_with_places,
-    going_on,
     joined,
     tell_too_long,
     windows,
@@ -158,7 +157,7 @@ class Questions:
     def _place(
         self, context: str, text: str, start: int, where: str, problems: Problems
     ) -> Span | None:
-        if 0 <= start and context[start : start + len(text)] == text:
+        if start >= 0 and context[start : start + len(text)] == text:
             return Span(start, start + len(text))
         there = context[max(start, 0) : max(start, 0) + len(text)]
         why = f"at {start} is {there!r}, not the answer {text!r}"

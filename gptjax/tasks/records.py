@@ -93,17 +93,18 @@ def cell(value: Any, column: str) -> Any:
     """
     if isinstance(value, dict) and column in value:
         return value[column]
+    if not isinstance(value, dict | list):
+        raise Flaw("no such column", f"{kind_of_value(value)}, which has no columns")
     items = list(value.values()) if isinstance(value, dict) else value
-    if isinstance(items, list):
-        if re.fullmatch(r"-?[1-9]\d*", column):
-            number = int(column)
-            if abs(number) <= len(items):
-                return items[number - 1 if number > 0 else number]
-            raise Flaw("no such column", f"it has {len(items)} columns, and none is {column}")
-        if isinstance(value, dict):
-            names = ", ".join(map(repr, itertools.islice(value, 20))) or "none at all"
-            hint = did_you_mean(column, value)
-            raise Flaw("no such column", f"there is no column {column!r} but {names}.{hint}")
+    if re.fullmatch(r"-?[1-9]\d*", column):
+        number = int(column)
+        if abs(number) <= len(items):
+            return items[number - 1 if number > 0 else number]
+        raise Flaw("no such column", f"it has {len(items)} columns, and none is {column}")
+    if isinstance(value, dict):
+        names = ", ".join(map(repr, itertools.islice(value, 20))) or "none at all"
+        hint = did_you_mean(column, value)
+        raise Flaw("no such column", f"there is no column {column!r} but {names}.{hint}")
     raise Flaw("no such column", f"its columns have no names: give a number for {column!r}")
 
 

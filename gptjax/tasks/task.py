@@ -1,5 +1,7 @@
 """What a task is, and how its examples become tokens and what is to be said of them."""
 
+import functools
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -133,7 +135,15 @@ def no_units() -> np.ndarray:
 
 def going_on(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """The ids of a text that goes on from another, whose ids stay as they are."""
-    return joined(list(tokenizer.encode_pieces([text.encode()], begins=False)))
+    return going_on_each([text], tokenizer)[0]
+
+
+def going_on_each(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The same of several."""
+    contents = [text.encode() for text in texts]
+    if not tokenizer.normalises:  # then it does not matter, and all at once is quicker
+        return tokenizer.encode_batch(contents)
+    return [joined(list(tokenizer.encode_pieces([one], begins=False))) for one in contents]
 
 
 def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -194,6 +204,7 @@ def windows(sizes: np.ndarray, room: int, overlap: int) -> list[Window] | None:
 # --- where tokens lie in a text ----------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)  # of many questions about one text
 def encode_with_places(
     text: str, tokenizer: Tokenizer, *, begins: bool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -257,8 +268,6 @@ def _beside(text: str, shown: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _folded(text: str) -> list[tuple[str, int]]:
     """The characters that normalising leaves alone, each with the place of the one it is from."""
-    import unicodedata
-
     return [
         (part, place)
         for place, char in enumerate(text)
