@@ -35,39 +35,46 @@ def quiet():
         yield
 
 
+@pytest.fixture
+def scikit_learn():
+    sklearn = pytest.importorskip("sklearn", reason="the package scikit-learn")
+    from sklearn import metrics
+
+    with sklearn.config_context(skip_parameter_validation=True, assume_finite=True):  # quicker
+        yield metrics
+
+
 # --- classes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_classes_as_scikit_learn(count):
-    reference = pytest.importorskip("sklearn.metrics", reason="the package scikit-learn")
+def test_classes_as_scikit_learn(scikit_learn, count):
     rng = np.random.default_rng(0)
     for _ in range(count):
         labels = range(rng.integers(1, 7))  # numbers, for scikit-learn is slow on strings
         truth, said = rng.choice(labels, (2, rng.integers(1, 30)))
         figures = class_figures(truth.tolist(), said.tolist())
-        assert figures["accuracy"] == pytest.approx(reference.accuracy_score(truth, said))
+        assert figures["accuracy"] == pytest.approx(scikit_learn.accuracy_score(truth, said))
         assert figures["macro_f1"] == pytest.approx(
-            reference.f1_score(truth, said, average="macro", zero_division=0)
+            scikit_learn.f1_score(truth, said, average="macro", zero_division=0)
         )
         assert figures["matthews"] == pytest.approx(
-            reference.matthews_corrcoef(truth, said), abs=1e-12
+            scikit_learn.matthews_corrcoef(truth, said), abs=1e-12
         )
-        expected = reference.confusion_matrix(truth, said, labels=labels)
+        expected = scikit_learn.confusion_matrix(truth, said, labels=labels)
         np.testing.assert_array_equal(confusion(truth.tolist(), said.tolist(), labels), expected)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_several_labels_as_scikit_learn(count):
-    reference = pytest.importorskip("sklearn.metrics", reason="the package scikit-learn")
+def test_several_labels_as_scikit_learn(scikit_learn, count):
     rng = np.random.default_rng(0)
     for _ in range(count):
         truth, said = rng.random((2, rng.integers(1, 20), rng.integers(2, 6))) < rng.random()
         figures = label_set_figures(truth, said)
         for average in ("micro", "macro"):
-            expected = reference.f1_score(truth, said, average=average, zero_division=0)
+            expected = scikit_learn.f1_score(truth, said, average=average, zero_division=0)
             assert figures[f"{average}_f1"] == pytest.approx(expected)
-        assert figures["exact"] == pytest.approx(reference.accuracy_score(truth, said))
+        assert figures["exact"] == pytest.approx(scikit_learn.accuracy_score(truth, said))
 
 
 # --- entities ----------------------------------------------------------------------------------

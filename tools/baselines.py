@@ -1,0 +1,158 @@
+"""What a task can do without a language model: the classical way that one would try first.
+
+    python tools/baselines.py --kind classify --train train.tsv --valid dev.tsv
+    python tools/baselines.py --kind entities --train train.conll --valid dev.conll
+
+Takes the fields of config.task, fits the files of --train, and prints the figures on those of
+--valid as a JSON line, with a bootstrap interval of 95 % for the first of them.
+
+classify: TF-IDF of words and pairs of words, or for scripts without spaces of one to three
+characters, and logistic regression, both as scikit-learn sets them; of two texts each has its own.
+
+entities: the tag that a word has most often, and O for a word that is new.
+
+questions: the place whose surroundings share the most with the question, words weighing more the
+rarer they are in the text (after the sliding window of Richardson et al. 2013), and there as many
+words as an answer usually has, best without one of the question's.
+
+pairs: the training source with the nearest TF-IDF, and a copy of its target.
+"""
+
+import json
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+
+from gptjax.config import ConfigError, TaskConfig
+from gptjax.sources import DataError
+from gptjax.tasks import Prediction, Problems, Task, make_task
+from gptjax.tasks.metrics import bootstrap, figure_of
+from gptjax.tasks.task import spaceless
+
+AROUND = 10  # words on each side of an answer that are compared with the question
+WORD = r"[\u2e80-\u9fff]|[^\W\u2e80-\u9fff]+"  # ideographs one by one
+
+
+def vectorizer(texts: Sequence[str]) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    sample = "".join(texts[:1000])
+    if sum(map(spaceless, sample)) > len(sample) / 10:
+        return TfidfVectorizer(analyzer="char", ngram_range=(1, 3)).fit(texts)
+    return TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b").fit(texts)
+
+
+def classify(task: Task, train: list, valid: list) -> list[Prediction]:
+    from scipy.sparse import hstack
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    columns = ["text", "second"] if task.config.second else ["text"]
+    parts: tuple[list, list] = ([], [])
+    for column in columns:
+        texts = [getattr(one, column) for one in train]
+        fitted = vectorizer(texts)
+        parts[0].append(fitted.transform(texts))
+        parts[1].append(fitted.transform([getattr(one, column) for one in valid]))
+    features, others = (hstack(part).tocsr() for part in parts)
+    model = LogisticRegression(max_iter=1000)
+    if task.several:
+        binarizer = MultiLabelBinarizer(classes=task.labels)
+        model = OneVsRestClassifier(model).fit(
+            features, binarizer.fit_transform([one.labels for one in train])
+        )
+        return [{"labels": [*said]} for said in binarizer.inverse_transform(model.predict(others))]
+    model.fit(features, [one.labels[0] for one in train])
+    return [{"label": str(label)} for label in model.predict(others)]
+
+
+def entities(task: Task, train: list, valid: list) -> list[Prediction]:
+    tags: dict[str, Counter] = defaultdict(Counter)
+    for one in train:
+        for word, tag in zip(one.words, one.tags, strict=True):
+            tags[word][tag] += 1
+    usual = {word: counts.most_common(1)[0][0] for word, counts in tags.items()}
+    return [{"tags": [usual.get(word, "O") for word in one.words]} for one in valid]
+
+
+def questions(task: Task, train: list, valid: list) -> list[Prediction]:
+    lengths = [len(re.findall(WORD, one.answers[0])) for one in train if one.answers]
+    usual = max(int(np.median(lengths)), 1)
+    return [answer(one, usual) for one in valid]
+
+
+def answer(example: Any, length: int) -> Prediction:
+    places = [found.span() for found in re.finditer(WORD, example.context)]
+    words = [example.context[start:stop].lower() for start, stop in places]
+    asked = {word.lower() for word in re.findall(WORD, example.question)}
+    counts = Counter(words)
+    rare = np.array([np.log1p(1 / counts[word]) if word in asked else 0.0 for word in words])
+    if len(words) <= length:
+        return {"id": example.id, "text": example.context.strip(), "no_answer": 0.0}
+    sums = np.concatenate([[0.0], np.cumsum(rare)])
+    first = np.arange(len(words) - length + 1)
+    inside = sums[first + length] - sums[first]
+    low, high = np.maximum(first - AROUND, 0), np.minimum(first + length + AROUND, len(words))
+    scores = sums[high] - sums[low] - 2 * inside
+    best = int(scores.argmax())
+    start, stop = places[best][0], places[best + length - 1][1]
+    text = example.context[start:stop]
+    return {"id": example.id, "text": text, "no_answer": -float(scores[best])}
+
+
+def pairs(task: Task, train: list, valid: list) -> list[Prediction]:
+    sources = [one.source for one in train]
+    fitted = vectorizer(sources)
+    known, asked = fitted.transform(sources), fitted.transform([one.source for one in valid])
+    nearest = [
+        (asked[first : first + 100] @ known.T).toarray().argmax(axis=1)
+        for first in range(0, len(valid), 100)
+    ]
+    return [{"text": train[number].target} for number in np.concatenate(nearest)]
+
+
+BASELINES = {"classify": classify, "entities": entities, "questions": questions, "pairs": pairs}
+
+
+def main() -> int:
+    config = tyro.cli(TaskConfig, description=__doc__)
+    began = time.perf_counter()
+    try:
+        if config.kind not in BASELINES:
+            raise ConfigError(f"kind = {config.kind}: give one of {', '.join(BASELINES)}")
+        line = measure(config)
+    except (ConfigError, DataError) as error:
+        print(f"baselines: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 3
+    print(json.dumps(line | {"seconds": round(time.perf_counter() - began, 1)}, ensure_ascii=False))
+    return 0
+
+
+def measure(config: TaskConfig) -> dict[str, Any]:
+    task, splits = make_task(config), {}
+    for split in ("train", "valid"):
+        problems = Problems(config.on_bad_record, f"task.{split}")
+        splits[split] = list(task.read(getattr(config, split), problems))
+        problems.refuse()
+        print("\n".join(problems.lines()), end="\n" if problems.counts else "", file=sys.stderr)
+        task = task.fitted(splits["train"])
+    train, valid = splits["train"], splits["valid"]
+    predictions = BASELINES[config.kind](task, train, valid)
+    name, parts = task.measure(valid, predictions)
+    line = {"task": config.kind, "train": [*config.train], "examples": [len(train), len(valid)]}
+    line |= {key: round(value, 4) for key, value in task.metrics(valid, predictions).items()}
+    if parts is not None:
+        interval = bootstrap(parts, figure_of(name))
+        line["interval"] = {name: [round(end, 4) for end in interval]}
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())
