@@ -184,24 +184,23 @@ class TaskConfig:
     test: tuple[str, ...] = ()  # as train, looked at once, after the last step
     # of files: auto goes by the ending and else by the task; conll: columns, a word a line, a blank
     # line after a sentence; parallel: two text files in turn, whose lines belong together
-    format: Literal[
+    file_format: Literal[
         "auto", "tsv", "csv", "jsonl", "json", "yaml", "parquet", "conll", "parallel"
     ] = "auto"
-    # whether the first line of TSV and CSV names the columns. If not, and for pairs, give numbers
-    header: bool = True
+    header: bool = True  # the first line of TSV and CSV names the columns; if not, give numbers
     # error: no record may be wrong; skip: those that are wrong are left out; repair: broken tags
     # are read as conlleval does, and answers moved to where they are found nearest; what cannot be
     # repaired is left out. Whatever was wrong is counted and named by line
-    on_bad_record: Literal["error", "skip", "repair"] = "error"
+    on_bad_example: Literal["error", "skip", "repair"] = "error"
     # an example that is longer than model.context_size: window: it becomes several, where the task
     # can put them together again; error, skip: as above
     too_long: Literal["window", "error", "skip"] = "window"
     overlap: Whole = 32  # tokens, words or turns that a window shows again, without counting them
 
     # column of the text; None: "text"; of entities' words the first; of choices "query"
-    text: str | None = None
-    second: str | None = None  # classify: column of a second text
-    label: str | None = None  # column of the label; None: "label"; of tags the last; "gold"
+    text_column: str | None = None
+    second_column: str | None = None  # classify: column of a second text
+    label_column: str | None = None  # column of the label; None: "label"; of tags the last; "gold"
     labels: tuple[str, ...] = ()  # all there are, in their order; (): those of the training files
     several: bool = False  # classify: a record has any number of labels
     label_separator: str = ","  # between several labels in a cell; a list in JSON needs none
@@ -218,23 +217,25 @@ class TaskConfig:
     max_answer: Count = 30  # questions: tokens of the longest answer that is looked for
     answers: Literal["squad1", "squad2", "cmrc"] = "squad1"  # questions: what counts as the same
 
-    source: str = "source"  # pairs: column of the given text
-    target: str = "target"  # pairs: column of the text to be written
+    source_column: str = "source"  # pairs: column of the given text
+    target_column: str = "target"  # pairs: column of the text to be written
     bleu_tokens: Literal["13a", "zh", "char", "intl", "none"] = "13a"  # as sacrebleu calls them
 
-    messages: str = "messages"  # dialogue: column of the list of messages
-    role: str | None = "role"  # dialogue: key of who speaks; None: user and assistant in turn
-    content: str = "content"  # dialogue: key of what is said
+    messages_column: str = "messages"  # dialogue: column of the list of messages
+    role_key: str | None = "role"  # dialogue: key of who speaks; None: user and assistant in turn
+    content_key: str = "content"  # dialogue: key of what is said
     assistant: tuple[str, ...] = ("assistant",)  # dialogue: roles that the model learns to speak
     system: tuple[str, ...] = ("system",)  # dialogue: roles that set the scene; all others: users
     # dialogue: a message as text. What the model writes begins after it, and ends with end-of-text
     turn: str = "{role}:\n{content}"
 
-    choices: tuple[str, ...] = ("choices",)  # choices: column of their list, or a column for each
+    choice_columns: tuple[str, ...] = (
+        "choices",
+    )  # choices: column of their list, or a column for each
 
     # of prompting, and of pairs in training: how an example is shown, with {columns} in it.
     # None: as the task says
-    prompt: str | None = None
+    template: str | None = None
     words: tuple[str, ...] = ()  # of prompting: the word for each of the labels; (): the labels
     shots: Whole = 0  # of prompting: examples of the training files that come before
     # of prompting: what makes the likeliest choice: the sum of the log-likelihoods of its tokens,
@@ -627,8 +628,8 @@ def _task_texts(config: Config, _: int | None) -> Iterator[str]:
         yield (
             f"task.turn = {task.turn!r}: give a text with {{role}} before {{content}}, each once"
         )
-    if task.format == "parallel" and task.kind not in (None, "pairs"):
-        yield f"task.format = 'parallel', but task.kind = {task.kind!r}: give task.kind pairs"
+    if task.file_format == "parallel" and task.kind not in (None, "pairs"):
+        yield f"task.file_format = 'parallel', but task.kind = {task.kind!r}: give task.kind pairs"
 
 
 def _mixture_alone(config: Config, _: int | None) -> Iterator[str]:

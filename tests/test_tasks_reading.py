@@ -38,7 +38,7 @@ ROWS = [("a good film", "1"), ('he said "no', "0"), ("gut, sehr gut", "1"), ("å¥
 def tables(folder: Path) -> Iterator[tuple[Path, TaskConfig]]:
     """The same rows in every format."""
     names = TaskConfig(kind="classify")
-    numbers = TaskConfig(kind="classify", text="1", label="-1", header=False)
+    numbers = TaskConfig(kind="classify", text_column="1", label_column="-1", header=False)
     tsv = "".join(f"{text}\t{label}\n" for text, label in ROWS)
     quoted = "".join('"{}",{}\r\n'.format(text.replace('"', '""'), label) for text, label in ROWS)
     records = [{"label": int(label), "text": text} for text, label in ROWS]
@@ -79,7 +79,7 @@ def test_parquet_has_them_too(tmp_path):
 def test_yaml_of_a_key(tmp_path):
     pytest.importorskip("yaml", reason="the package PyYAML")
     (tmp_path / "talk.yml").write_text("conversations:\n- - Hello\n  - Hi\n- - Bye\n")
-    config = TaskConfig(kind="dialogue", role=None)
+    config = TaskConfig(kind="dialogue", role_key=None)
     examples, problems, _ = read(config, f"{tmp_path}/talk.yml@conversations")
     assert [one.content for one in examples[0].messages] == ["Hello", "Hi"]
     assert counts(problems) == {"no label, left out": 1}  # nobody answers
@@ -182,7 +182,7 @@ def test_schemes_mean_the_same(tmp_path, scheme):
     path = tmp_path / "x.conll"
     tags = SAME[scheme].split()
     path.write_text("".join(f"{i}\tw{i}\t{tag}\t-\n" for i, tag in enumerate(tags)))
-    config = TaskConfig(kind="entities", scheme=scheme, text="2", label="3")
+    config = TaskConfig(kind="entities", scheme=scheme, text_column="2", label_column="3")
     (example,), _, task = read(config, path, policy="error")
     assert example.tags == tuple(SAME["iob2"].split())
     assert task.labels == ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
@@ -312,7 +312,7 @@ def test_parallel_files(tmp_path):
     one, other = tmp_path / "x.en", tmp_path / "x.de"
     one.write_text("Yes.\nNo.\n\n")
     other.write_text("Ja.\r\nNein.\n\n")
-    config = TaskConfig(kind="pairs", format="parallel")
+    config = TaskConfig(kind="pairs", file_format="parallel")
     examples, problems, _ = read(config, one, other)
     assert [(pair.source, pair.target) for pair in examples] == [("Yes.", "Ja."), ("No.", "Nein.")]
     assert named(problems) == ["x.en:3"]
@@ -329,9 +329,9 @@ def test_roles_of_messages(tmp_path):
     path.write_text("\n".join(json.dumps({"turns": one}) for one in (talk, talk[:2], [], "x")))
     config = TaskConfig(
         kind="dialogue",
-        messages="turns",
-        role="who",
-        content="says",
+        messages_column="turns",
+        role_key="who",
+        content_key="says",
         assistant=("bot",),
         system=("scene",),
     )
@@ -371,7 +371,7 @@ def test_a_config_of_a_task():
         (TaskConfig(kind="classify", labels=("a", "a")), "given twice"),
         (TaskConfig(kind="classify", labels=("a", "b"), words=("yes",)), "a word for each"),
         (TaskConfig(kind="dialogue", turn="{content}: {role}"), "before {content}"),
-        (TaskConfig(kind="classify", format="parallel"), "give task.kind pairs"),
+        (TaskConfig(kind="classify", file_format="parallel"), "give task.kind pairs"),
     ]
     for task, said in wrong:
         with pytest.raises(ConfigError, match=said.replace("{", r"\{")):
@@ -382,30 +382,95 @@ def test_a_config_of_a_task():
 
 GIVEN = [
     ("movie-sentiment/dev.tsv", {"kind": "classify"}, 1129, 1129),
-    ("poem-sentiment/dev.tsv", {"kind": "classify", "text": "2", "label": "3", "header": False},
-     105, 105),
-    ("med-nli/dev.tsv", {"kind": "classify", "text": "sentence1", "second": "sentence2",
-                         "label": "gold_label"}, 570, 570),
-    ("sib200/zho_Hans/dev.tsv", {"kind": "classify", "label": "category"}, 99, 99),
-    ("clinc150/data_full_train_val.json.gz@oos_val", {"kind": "classify", "text": "1",
-                                                      "label": "2"}, 100, 100),
+    (
+        "poem-sentiment/dev.tsv",
+        {"kind": "classify", "text_column": "2", "label_column": "3", "header": False},
+        105,
+        105,
+    ),
+    (
+        "med-nli/dev.tsv",
+        {
+            "kind": "classify",
+            "text_column": "sentence1",
+            "second_column": "sentence2",
+            "label_column": "gold_label",
+        },
+        570,
+        570,
+    ),
+    ("sib200/zho_Hans/dev.tsv", {"kind": "classify", "label_column": "category"}, 99, 99),
+    (
+        "clinc150/data_full_train_val.json.gz@oos_val",
+        {"kind": "classify", "text_column": "1", "label_column": "2"},
+        100,
+        100,
+    ),
     ("wnut17/emerging.dev.conll", {"kind": "entities"}, 1009, 1009),
     ("broad-twitter/f.conll", {"kind": "entities"}, 2000, 1999),
-    ("uner-zh/zh_gsdsimp-ud-dev.iob2", {"kind": "entities", "text": "2", "label": "3"}, 500, 500),
+    (
+        "uner-zh/zh_gsdsimp-ud-dev.iob2",
+        {"kind": "entities", "text_column": "2", "label_column": "3"},
+        500,
+        500,
+    ),
     ("squad/dev-v1.1-subset.json.gz", {"kind": "questions"}, 1376, 1376),
     ("cmrc2018/cmrc2018_trial.json.gz", {"kind": "questions", "answers": "cmrc"}, 1002, 1000),
-    ("tatoeba-deu-eng/valid.txt", {"kind": "pairs", "source": "1", "target": "2", "header": False},
-     1640, 1640),
-    ("dolly-hhrlhf/*.gz", {"kind": "pairs", "source": "prompt", "target": "response"}, 1000, 1000),
-    ("casino/casino_valid.json.gz", {"kind": "dialogue", "messages": "chat_logs", "role": "id",
-                                     "content": "text", "assistant": ("mturk_agent_2",)}, 30, 30),
-    ("kdconv/film_dev.json.gz", {"kind": "dialogue", "role": None, "content": "message"}, 150, 150),
-    ("sgd/dev/dialogues*", {"kind": "dialogue", "messages": "turns", "role": "speaker",
-                            "content": "utterance", "assistant": ("SYSTEM",)}, 128, 128),
+    (
+        "tatoeba-deu-eng/valid.txt",
+        {"kind": "pairs", "source_column": "1", "target_column": "2", "header": False},
+        1640,
+        1640,
+    ),
+    (
+        "dolly-hhrlhf/*.gz",
+        {"kind": "pairs", "source_column": "prompt", "target_column": "response"},
+        1000,
+        1000,
+    ),
+    (
+        "casino/casino_valid.json.gz",
+        {
+            "kind": "dialogue",
+            "messages_column": "chat_logs",
+            "role_key": "id",
+            "content_key": "text",
+            "assistant": ("mturk_agent_2",),
+        },
+        30,
+        30,
+    ),
+    (
+        "kdconv/film_dev.json.gz",
+        {"kind": "dialogue", "role_key": None, "content_key": "message"},
+        150,
+        150,
+    ),
+    (
+        "sgd/dev/dialogues*",
+        {
+            "kind": "dialogue",
+            "messages_column": "turns",
+            "role_key": "speaker",
+            "content_key": "utterance",
+            "assistant": ("SYSTEM",),
+        },
+        128,
+        128,
+    ),
     ("fewshot-eval/copa.jsonl.gz", {"kind": "choices"}, 100, 100),
-    ("xcopa-zh/val.zh.jsonl", {"kind": "choices", "text": "premise", "label": "label",
-                               "choices": ("choice1", "choice2")}, 100, 100),
-]  # fmt: skip
+    (
+        "xcopa-zh/val.zh.jsonl",
+        {
+            "kind": "choices",
+            "text_column": "premise",
+            "label_column": "label",
+            "choice_columns": ("choice1", "choice2"),
+        },
+        100,
+        100,
+    ),
+]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def classify(task: Task, train: list, valid: list) -> list[Prediction]:
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.preprocessing import MultiLabelBinarizer
 
-    columns = ["text", "second"] if task.config.second else ["text"]
+    columns = ["text", "second"] if task.config.second_column else ["text"]
     parts: tuple[list, list] = ([], [])
     for column in columns:
         texts = [getattr(one, column) for one in train]
@@ -138,7 +138,7 @@ def main() -> int:
 def measure(config: TaskConfig) -> dict[str, Any]:
     task, splits = make_task(config), {}
     for split in ("train", "valid"):
-        problems = Problems(config.on_bad_record, f"task.{split}")
+        problems = Problems(config.on_bad_example, f"task.{split}")
         splits[split] = list(task.read(getattr(config, split), problems))
         problems.refuse()
         print("\n".join(problems.lines()), end="\n" if problems.counts else "", file=sys.stderr)

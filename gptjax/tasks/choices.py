@@ -51,13 +51,13 @@ class Choices:
                 problems.bad(flaw.kind, record.where, str(flaw))
 
     def _example(self, where: str, value: Any, labelled: bool) -> Choice:
-        config, column = self.config, self.config.text or "query"
+        config, column = self.config, self.config.text_column or "query"
         shown = cell(value, column)
         contexts = self._texts(shown, column) if isinstance(shown, list) else None
         contexts = contexts or (text_in(value, column),)
-        given = [cell(value, name) for name in config.choices]
+        given = [cell(value, name) for name in config.choice_columns]
         first = given[0] if len(given) == 1 and isinstance(given[0], list) else given
-        continuations = self._texts(first, " ".join(config.choices))
+        continuations = self._texts(first, " ".join(config.choice_columns))
         if (len(contexts) > 1) == (len(continuations) > 1):
             raise Flaw(
                 "wrong number of choices",
@@ -65,7 +65,7 @@ class Choices:
                 "must be 1, and the other more",
             )
         try:
-            gold = cell(value, config.label or "gold")
+            gold = cell(value, config.label_column or "gold")
             gold = int(gold) if isinstance(gold, str) and gold.strip().isdigit() else gold
             most = max(len(contexts), len(continuations))
             if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < most:
@@ -107,7 +107,7 @@ class Choices:
 
     def _prompt(self, example: Choice, number: int) -> str:
         columns = dict(example.columns) | {"text": example.contexts[number]}
-        return filled(self.config.prompt or "{text}", columns)
+        return filled(self.config.template or "{text}", columns)
 
     def prompt(self, example: Choice) -> str:
         right = (example.gold or 0) if len(example.contexts) > 1 else 0
@@ -117,7 +117,7 @@ class Choices:
         return self.requests(example)[example.gold or 0].target
 
     def requests(self, example: Choice) -> list[Request]:
-        several, bare = len(example.contexts) > 1, last_line(self.config.prompt or "{text}")
+        several, bare = len(example.contexts) > 1, last_line(self.config.template or "{text}")
         requests = []
         for number in range(max(len(example.contexts), len(example.continuations))):
             prompt = self._prompt(example, number if several else 0)

@@ -63,10 +63,10 @@ class Classification:
 
     def _example(self, record: Record, labelled: bool) -> Classified:
         config, value = self.config, record.value
-        text = text_in(value, config.text or "text")
-        second = text_in(value, config.second) if config.second else None
+        text = text_in(value, config.text_column or "text")
+        second = text_in(value, config.second_column) if config.second_column else None
         try:
-            labels = self._labels(cell(value, config.label or "label"))
+            labels = self._labels(cell(value, config.label_column or "label"))
         except Flaw:
             if labelled:
                 raise
@@ -84,7 +84,7 @@ class Classification:
         else:
             names = (spelled(value),)
             if not names[0]:
-                raise Flaw("no label", f"column {self.config.label or 'label'!r} is empty")
+                raise Flaw("no label", f"column {self.config.label_column or 'label'!r} is empty")
         for name in names:
             if self.labels and name not in self.labels:
                 hint = did_you_mean(name, self.labels)
@@ -167,8 +167,8 @@ class Classification:
 
     @property
     def _template(self) -> str:
-        shown = "{text}\n{second}" if self.config.second else "{text}"
-        return self.config.prompt or f"{shown}\nlabel:"
+        shown = "{text}\n{second}" if self.config.second_column else "{text}"
+        return self.config.template or f"{shown}\nlabel:"
 
     def _word(self, label: str) -> str:
         words = self.config.words

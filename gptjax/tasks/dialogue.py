@@ -56,7 +56,7 @@ class Dialogues:
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Dialogue]:
         """Of records with a list of messages, or that are such a list. A message is an object with
-        `config.role` and `config.content`, or a text; then user and assistant take turns.
+        `config.role_key` and `config.content_key`, or a text; then user and assistant take turns.
         """
         for record in read_records(self.config, paths, problems):
             try:
@@ -70,7 +70,7 @@ class Dialogues:
                 yield Dialogue(record.where, messages)
 
     def _messages(self, value: Any) -> tuple[Message, ...]:
-        given = value if isinstance(value, list) else cell(value, self.config.messages)
+        given = value if isinstance(value, list) else cell(value, self.config.messages_column)
         if not isinstance(given, list):
             raise Flaw("no messages", f"messages are {kind_of_value(given)}, not a list")
         messages = [self._message(one, number) for number, one in enumerate(given)]
@@ -83,13 +83,13 @@ class Dialogues:
         what = f"message {number + 1}"
         if isinstance(value, str):
             return Message(in_turn, sound(value, what))
-        content = cell(value, config.content)
+        content = cell(value, config.content_key)
         if not isinstance(content, str):
             raise Flaw("no text", f"{what} is {kind_of_value(content)}, not a string")
         sound(content, what)
-        if config.role is None:
+        if config.role_key is None:
             return Message(in_turn, content)
-        role = cell(value, config.role)
+        role = cell(value, config.role_key)
         if role in config.assistant:
             return Message("assistant", content)
         return Message("system" if role in config.system else "user", content)

@@ -61,13 +61,13 @@ class Entities:
         """From columns of CoNLL, or from a table whose cells are lists of words and tags."""
         config = self.config
         if isinstance(record.value, dict):
-            words = cell(record.value, config.text or "words")
+            words = cell(record.value, config.text_column or "words")
             tags = self._tag_list(record, labelled)
             where = [record.where] * len(words)
         else:
             file = record.where.rpartition(":")[0]
             where = [f"{file}:{number}" for number, _ in record.value]
-            words = self._column(record.value, config.text or "1")
+            words = self._column(record.value, config.text_column or "1")
             tags = self._tag_column(record.value, labelled)
         if tags is not None and len(tags) != len(words):
             raise Flaw("broken tags", f"{len(words)} words, but {len(tags)} tags")
@@ -102,7 +102,7 @@ class Entities:
         return found
 
     def _tag_column(self, lines: list, labelled: bool) -> list[str] | None:
-        column = self.config.label or "-1"
+        column = self.config.label_column or "-1"
         if not labelled and (len(lines[0][1]) == 1 or column == "-1"):
             # Without labels the last column may be anything.
             return None
@@ -110,7 +110,7 @@ class Entities:
 
     def _tag_list(self, record: Record, labelled: bool) -> list[str] | None:
         try:
-            return cell(record.value, self.config.label or "tags")
+            return cell(record.value, self.config.label_column or "tags")
         except Flaw:
             if labelled:
                 raise
@@ -126,7 +126,7 @@ class Entities:
             raise Flaw(
                 "broken tags",
                 f"{where[place].rpartition(':')[2]}: {tags[place]!r} is no tag of {scheme}; give "
-                "--task.scheme, or another column with --task.label",
+                "--task.scheme, or another column with --task.label-column",
             )
         found = entities(plain)
         place = first_broken(plain, scheme)
@@ -238,7 +238,7 @@ class Entities:
     # --- prompting -----------------------------------------------------------------------------
 
     def prompt(self, example: Tagged) -> str:
-        return filled(self.config.prompt or "{text}\nentities:", {"text": self._text(example)})
+        return filled(self.config.template or "{text}\nentities:", {"text": self._text(example)})
 
     def target(self, example: Tagged) -> str:
         """The names with their kinds, such as ` Ann Lee (PER); Rome (LOC)`, or ` none`."""

@@ -50,7 +50,7 @@ class Pairs:
     ) -> Iterator[Pair]:
         for record in read_records(self.config, paths, problems):
             try:
-                source = text_in(record.value, self.config.source)
+                source = text_in(record.value, self.config.source_column)
                 target = self._target(record.value, labelled)
             except Flaw as flaw:
                 problems.bad(flaw.kind, record.where, str(flaw))
@@ -60,7 +60,7 @@ class Pairs:
 
     def _target(self, value: Any, labelled: bool) -> str | None:
         try:
-            return text_in(value, self.config.target)
+            return text_in(value, self.config.target_column)
         except Flaw:
             if labelled:
                 raise
@@ -86,7 +86,7 @@ class Pairs:
         raise AssertionError("texts are written, not read from a head")
 
     def prompt(self, example: Pair) -> str:
-        return filled(self.config.prompt or "{source}\n", dict(example.columns))
+        return filled(self.config.template or "{source}\n", dict(example.columns))
 
     def target(self, example: Pair) -> str:
         text = example.target or ""

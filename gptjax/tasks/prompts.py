@@ -20,7 +20,7 @@ def filled(template: str, columns: Mapping[str, str]) -> str:
     def column(match: re.Match) -> str:
         if match[1] not in columns:
             raise ConfigError(
-                f"task.prompt = {template!r}: there is no column {match[1]!r}; there are "
+                f"task.template = {template!r}: there is no column {match[1]!r}; there are "
                 f"{', '.join(map(repr, columns))}.{did_you_mean(match[1], columns)}"
             )
         return columns[match[1]]

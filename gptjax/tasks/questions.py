@@ -78,7 +78,7 @@ class Questions:
             if not isinstance(articles, list):
                 raise DataError(
                     f"{source.where}: {kind_of_value(value)} without a list 'data', which SQuAD's "
-                    "JSON has; give --task.format jsonl for a question in each line"
+                    "JSON has; give --task.file-format jsonl for a question in each line"
                 )
             for number, article in enumerate(articles, 1):
                 paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
@@ -254,7 +254,7 @@ class Questions:
     # --- prompting -----------------------------------------------------------------------------
 
     def prompt(self, example: Question) -> str:
-        template = self.config.prompt or "{context}\nQuestion: {question}\nAnswer:"
+        template = self.config.template or "{context}\nQuestion: {question}\nAnswer:"
         return filled(template, {"context": example.context, "question": example.question})
 
     def target(self, example: Question) -> str:

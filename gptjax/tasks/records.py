@@ -38,7 +38,7 @@ def read_records(config: TaskConfig, paths: Iterable[str], problems: Problems) -
       DataError: for a path that is not there, or a file that cannot be read at all.
     """
     files = list(find_files(config, paths, problems.split))
-    if config.format == "parallel":
+    if config.file_format == "parallel":
         yield from _parallel(files, problems)
         return
     for source, kind, key in files:
@@ -72,8 +72,8 @@ def find_files(
 
 
 def _format(config: TaskConfig, source: Source) -> str:
-    if config.format != "auto":
-        return config.format
+    if config.file_format != "auto":
+        return config.file_format
     bare = source.name.removesuffix(packing_of(source.name))
     if Path(bare).suffix.lower() in (".yml", ".yaml"):
         return "yaml"
@@ -324,7 +324,7 @@ def load_whole(where: str, kind: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: not JSON ({error or 'too deep to be read'}); mend it, or give "
-            "--task.format jsonl if each of its lines is a record"
+            "--task.file-format jsonl if each of its lines is a record"
         ) from None
 
 
