@@ -187,7 +187,8 @@ class TaskConfig:
     file_format: Literal[
         "auto", "tsv", "csv", "jsonl", "json", "yaml", "parquet", "conll", "parallel"
     ] = "auto"
-    header: bool = True  # the first line of TSV and CSV names the columns; if not, give numbers
+    # whether the first line of TSV and CSV names the columns; auto: unless numbers are given
+    header: Literal["auto", "yes", "no"] = "auto"
     # error: no record may be wrong; skip: those that are wrong are left out; repair: broken tags
     # are read as conlleval does, and answers moved to where they are found nearest; what cannot be
     # repaired is left out. Whatever was wrong is counted and named by line

@@ -38,7 +38,7 @@ ROWS = [("a good film", "1"), ('he said "no', "0"), ("gut, sehr gut", "1"), ("å¥
 def tables(folder: Path) -> Iterator[tuple[Path, TaskConfig]]:
     """The same rows in every format."""
     names = TaskConfig(kind="classify")
-    numbers = TaskConfig(kind="classify", text_column="1", label_column="-1", header=False)
+    numbers = TaskConfig(kind="classify", text_column="1", label_column="-1")
     tsv = "".join(f"{text}\t{label}\n" for text, label in ROWS)
     quoted = "".join('"{}",{}\r\n'.format(text.replace('"', '""'), label) for text, label in ROWS)
     records = [{"label": int(label), "text": text} for text, label in ROWS]
@@ -64,6 +64,21 @@ def test_every_table_has_the_same_rows(tmp_path):
         assert [(one.text, one.labels[0]) for one in examples] == ROWS, path
         assert problems.read == 4 and not problems.counts
         assert task.labels == ("0", "1")
+
+
+def test_whether_the_first_line_is_a_header(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("text\tlabel\na\tb\n")
+    for header, column, count in [("auto", "1", 2), ("yes", "1", 1), ("auto", None, 1)]:
+        config = TaskConfig(kind="classify", header=header, text_column=column, label_column="2")
+        if column is None:
+            config = TaskConfig(kind="classify", header=header)
+        assert len(read(config, path)[0]) == count
+    # A name where no line names the columns, and the other way round.
+    for header in ("no", "auto"):
+        config = TaskConfig(kind="classify", header=header, text_column="1")
+        examples, problems, _ = read(config, path)
+        assert not examples and counts(problems) == {"no such column, left out": 2}
 
 
 def test_parquet_has_them_too(tmp_path):
@@ -384,7 +399,7 @@ GIVEN = [
     ("movie-sentiment/dev.tsv", {"kind": "classify"}, 1129, 1129),
     (
         "poem-sentiment/dev.tsv",
-        {"kind": "classify", "text_column": "2", "label_column": "3", "header": False},
+        {"kind": "classify", "text_column": "2", "label_column": "3"},
         105,
         105,
     ),
@@ -418,7 +433,7 @@ GIVEN = [
     ("cmrc2018/cmrc2018_trial.json.gz", {"kind": "questions", "answers": "cmrc"}, 1002, 1000),
     (
         "tatoeba-deu-eng/valid.txt",
-        {"kind": "pairs", "source_column": "1", "target_column": "2", "header": False},
+        {"kind": "pairs", "source_column": "1", "target_column": "2"},
         1640,
         1640,
     ),

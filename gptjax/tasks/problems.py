@@ -57,7 +57,7 @@ class Problems:
             raise DataError(
                 f"{self.split}: {self.refused:,} of {self.read:,} records cannot be used\n"
                 + "\n".join(self.lines())
-                + "\nmend them, or leave them out with --task.on-bad-example skip; repair mends some"
+                + "\nmend them, or leave them out: --task.on-bad-example skip; repair mends some"
             )
 
     def lines(self) -> list[str]:

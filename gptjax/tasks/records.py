@@ -16,6 +16,9 @@ from gptjax.sources.lines import FIELD_LIMIT
 from gptjax.tasks.problems import Problems
 
 
+NUMBER = re.compile(r"-?[1-9]\d*")  # of a column
+
+
 class Record(NamedTuple):
     """A line of a table, an item of JSON, or a sentence in columns."""
 
@@ -44,7 +47,7 @@ def read_records(config: TaskConfig, paths: Iterable[str], problems: Problems) -
     for source, kind, key in files:
         match kind:
             case "tsv" | "csv":
-                records = _table(source.where, kind == "tsv", config.header, problems)
+                records = _table(source.where, kind == "tsv", _has_header(config), problems)
             case "jsonl":
                 records = _jsonl(source.where, problems)
             case "json" | "yaml":
@@ -82,6 +85,13 @@ def _format(config: TaskConfig, source: Source) -> str:
     return {"entities": "conll", "questions": "json"}.get(config.kind, "tsv")
 
 
+def _has_header(config: TaskConfig) -> bool:
+    """Whether the first line of a table names its columns."""
+    given = (config.text_column, config.label_column, config.source_column, config.target_column)
+    by_number = any(column and NUMBER.fullmatch(column) for column in given)
+    return config.header == "yes" or (config.header == "auto" and not by_number)
+
+
 # --- cells -------------------------------------------------------------------------------------
 
 
@@ -96,7 +106,7 @@ def cell(value: Any, column: str) -> Any:
     if not isinstance(value, dict | list):
         raise Flaw("no such column", f"{kind_of_value(value)}, which has no columns")
     items = list(value.values()) if isinstance(value, dict) else value
-    if re.fullmatch(r"-?[1-9]\d*", column):
+    if NUMBER.fullmatch(column):
         number = int(column)
         if abs(number) <= len(items):
             return items[number - 1 if number > 0 else number]
