@@ -15,7 +15,6 @@ from gptjax.sources import DataError, Source, expand, needed, open_bytes, packin
 from gptjax.sources.lines import FIELD_LIMIT
 from gptjax.tasks.problems import Problems
 
-
 NUMBER = re.compile(r"-?[1-9]\d*")  # of a column
 
 
