@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.config import ConfigError, TaskConfig
 from gptjax.sources import DataError
-from gptjax.tasks import ExampleRows, Problems, encode_examples, make_task
+from gptjax.tasks import Encoded, ExampleRows, Problems, encode_examples, make_task
 from gptjax.tasks.classification import Classified
 from gptjax.tasks.dialogue import Dialogue, Message
 from gptjax.tasks.entities import Tagged
@@ -184,7 +184,7 @@ def test_a_long_text_has_windows_and_one_class():
         )
 
 
-@pytest.mark.parametrize("count", [3, 31, 32, 70])
+@pytest.mark.parametrize("count", [3, 31, 32, 130])
 def test_several_labels_are_bits(count):
     """Any set of any number of labels comes back from the targets, whatever the text's length."""
     labels = tuple(f"l{i}" for i in range(count))
@@ -221,7 +221,9 @@ SENTENCES = [
         ("O", "O", "B-LOC", "O", "B-LOC", "O"),
     ),
     Tagged("x:3", ("x",) * 60, ("B-PER", "I-PER", "I-PER") * 20),
-    Tagged("x:4", ("\u200b", "Ann", "😀"), ("O", "B-PER", "O")),  # nothing may be left of the first
+    Tagged(
+        "x:4", ("的", "\u200b", "Ann"), ("O", "O", "B-PER")
+    ),  # nothing may be left of the second
 ]
 
 
@@ -326,6 +328,15 @@ def test_an_answer_that_is_nowhere_is_not_learnt():
         )
 
 
+def test_white_space_around_an_answer_is_not_part_of_it():
+    task = make_task(TaskConfig(kind="questions"))
+    example = Question("x", "1", "Where?", "in  Rome \nnow", ("Rome",), ())
+    units = np.int32([[0, 0, 2], [1, 2, 9], [2, 9, 13]])
+    window = Encoded(np.zeros(4), np.zeros(4), np.zeros(4), units)
+    said = task.decode(example, [window], [np.float32([[0, 0], [5, 5], [0, 0], [0, 0]])])
+    assert (said["text"], said["start"], said["stop"]) == ("Rome", 4, 8)
+
+
 def test_the_best_passage_is_the_best_of_all():
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -388,12 +399,16 @@ def test_the_loss_is_on_the_assistant_only(tokenizer):
     assert one.weights[len(asked) - 1] == 1 and one.weights[len(asked) - 2] == 0
 
 
-def test_a_long_dialogue_has_every_reply_once():
-    task = make_task(TaskConfig(kind="dialogue", overlap=1))
-    encoded = encode(task, TALK, BYTES, 50)
-    assert len(encoded) > 1
-    assert "".join(learnt(one, BYTES) for one in encoded) == "Yes:\n it is.|No.|"
-    assert "user:\nBrown?" in BYTES.decode(encoded[-1].tokens)
+@pytest.mark.parametrize("overlap", [0, 1, 4])
+def test_a_long_dialogue_has_every_reply_once(overlap):
+    task = make_task(TaskConfig(kind="dialogue", overlap=overlap))
+    for size in (45, 60, 75):
+        encoded = encode(task, TALK, BYTES, size)
+        assert len(encoded) > 1
+        assert "".join(learnt(one, BYTES) for one in encoded) == "Yes:\n it is.|No.|"
+    # As much is shown again as there is room for, and no more than half of the row.
+    again = "assistant:\nYes:\n it is." in BYTES.decode(encoded[-1].tokens)
+    assert again == (overlap > 1)
 
 
 # --- prompts -----------------------------------------------------------------------------------

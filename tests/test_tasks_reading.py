@@ -277,6 +277,7 @@ def test_answers_that_are_elsewhere(tmp_path):
         asked("near", "Rome", 7),
         asked("nowhere", "Bonn", 3),
         asked("before", "Rome", -1),
+        asked("from the end", "Pari", -6),
         {"id": "none", "question": " ", "answers": []},
     )
     config = TaskConfig(kind="questions")
@@ -289,15 +290,22 @@ def test_answers_that_are_elsewhere(tmp_path):
         ("near", ("Rome",), False),
         ("nowhere", ("Bonn",), False),
         ("before", ("Rome",), False),
+        ("from the end", ("Pari",), False),
     ]
     assert counts(problems) == {
-        "answer not at its place, left out": 2,
+        "answer not at its place, left out": 3,
         "answer not in the text, left out": 1,
         "empty text, left out": 1,
     }
     examples, problems, _ = read(config, path, policy="repair")
-    assert [one.spans for one in examples] == [((9, 13),), ((9, 13),), (), ((0, 4),)]
-    assert counts(problems)["answer not at its place, repaired"] == 2
+    assert [one.spans for one in examples] == [
+        ((9, 13),),
+        ((9, 13),),
+        (),
+        ((0, 4),),
+        ((19, 23),),
+    ]
+    assert counts(problems)["answer not at its place, repaired"] == 3
 
 
 def test_questions_without_an_answer_need_to_be_wanted(tmp_path):

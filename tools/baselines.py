@@ -11,9 +11,9 @@ characters, and logistic regression, both as scikit-learn sets them; of two text
 
 entities: the tag that a word has most often, and O for a word that is new.
 
-questions: the place whose surroundings share the most with the question, words weighing more the
-rarer they are in the text (after the sliding window of Richardson et al. 2013), and there as many
-words as an answer usually has, best without one of the question's.
+questions: as many words as an answer usually has, where the words around share the most with the
+question: the nearer and the rarer a word is the more it weighs (after the sliding window of
+Richardson et al. 2013). Words of the question themselves count against a passage.
 
 pairs: the training source with the nearest TF-IDF, and a copy of its target.
 """
@@ -96,11 +96,10 @@ def answer(example: Any, length: int) -> Prediction:
     rare = np.array([np.log1p(1 / counts[word]) if word in asked else 0.0 for word in words])
     if len(words) <= length:
         return {"id": example.id, "text": example.context.strip(), "no_answer": 0.0}
-    sums = np.concatenate([[0.0], np.cumsum(rare)])
-    first = np.arange(len(words) - length + 1)
-    inside = sums[first + length] - sums[first]
-    low, high = np.maximum(first - AROUND, 0), np.minimum(first + length + AROUND, len(words))
-    scores = sums[high] - sums[low] - 2 * inside
+    # Of each word the question's words around it, the nearer the more; then of each passage.
+    near = 1 / (1 + np.abs(np.arange(-AROUND, AROUND + 1)))
+    around = np.convolve(rare, near)[AROUND : AROUND + len(words)] - 2 * rare
+    scores = np.convolve(around, np.ones(length), "valid")
     best = int(scores.argmax())
     start, stop = places[best][0], places[best + length - 1][1]
     text = example.context[start:stop]
