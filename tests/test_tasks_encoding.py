@@ -3,12 +3,16 @@
 import functools
 import io
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from small import PLAIN, fresh
 
 from gptjax.config import ConfigError, TaskConfig
+from gptjax.model import token_losses
 from gptjax.sources import DataError
 from gptjax.tasks import Encoded, ExampleRows, Problems, encode_examples, make_task
 from gptjax.tasks.classification import Classified
@@ -552,3 +556,37 @@ def test_hosts_see_the_same_batches_and_epochs_differ():
     assert (whole.tokens_BT != again.tokens_BT).any()
     other = rows_of(MANY, seed=4).batch_at(5, which=slice(None))
     assert (whole.tokens_BT != other.tokens_BT).any()
+
+
+def test_packed_is_as_if_alone():
+    """The losses of every example are those that it has in a row of its own."""
+    model = replace(PLAIN, vocab_size=BYTES.vocab_size, context_size=64)
+    params = fresh(model, jax.random.key(0))
+    losses = jax.jit(functools.partial(token_losses, config=model))
+    examples = [
+        Pair("x", text, text[::-1], (("source", text),))
+        for text in ("ab", "sentence", "a longer one", "c", "dd", "another one", "eee")
+    ]
+    task, problems = make_task(TaskConfig(kind="pairs")), Problems("error", "task.train")
+    encoded = encode_examples(task, examples, BYTES, 64, problems, to_learn=True)
+    sums = {}
+    for alone in (False, True):
+        rows = ExampleRows(
+            encoded=encoded,
+            context_size=64,
+            batch_size=2,
+            seed=0,
+            shuffle=False,
+            pad=BYTES.pad,
+            once=True,
+            alone=alone,
+        )
+        found = sums.setdefault(alone, {})
+        for step in range(rows.num_batches):
+            batch = rows.batch_at(step, which=slice(None))
+            losses_BT = np.asarray(losses(params, batch)) * batch.weights_BT
+            for place in rows.places_at(step, which=slice(None)):
+                found[place.number] = losses_BT[place.row, place.start : place.stop].sum()
+    assert sums[False].keys() == sums[True].keys() == {*range(7)}
+    for number, total in sums[True].items():
+        np.testing.assert_allclose(sums[False][number], total, rtol=1e-5)

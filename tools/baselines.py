@@ -11,9 +11,10 @@ characters, and logistic regression, both as scikit-learn sets them; of two text
 
 entities: the tag that a word has most often, and O for a word that is new.
 
-questions: as many words as an answer usually has, where the words around share the most with the
-question: the nearer and the rarer a word is the more it weighs (after the sliding window of
-Richardson et al. 2013). Words of the question themselves count against a passage.
+questions: the passage with the most words of the question near it, but not in it: the nearer and
+the rarer a word is, the more it weighs (after the sliding window of Richardson et al. 2013). What
+suits the training questions best decides how long it is, whether its own words should be rare, and
+whether the sentence that shares most with the question is chosen first.
 
 pairs: the training source with the nearest TF-IDF, and a copy of its target.
 """
@@ -24,7 +25,8 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise, product
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -32,11 +34,21 @@ import tyro
 from gptjax.config import ConfigError, TaskConfig
 from gptjax.sources import DataError
 from gptjax.tasks import Prediction, Problems, Task, make_task
-from gptjax.tasks.metrics import bootstrap, figure_of
+from gptjax.tasks.metrics import answer_scores, bootstrap, figure_of
 from gptjax.tasks.task import spaceless
 
 AROUND = 10  # words on each side of an answer that are compared with the question
+TRIED = 500  # training questions that the length of answers is chosen by
+SENTENCE_END = r"[.!?]\s|[\u3002\uff01\uff1f\uff1b]"
 WORD = r"[\u2e80-\u9fff]|[^\W\u2e80-\u9fff]+"  # ideographs one by one
+
+
+class Way(NamedTuple):
+    """Of choosing a passage."""
+
+    length: int  # words
+    rare: int  # 1: its own words should be rare
+    by_sentence: int  # 1: the sentence is chosen first
 
 
 def vectorizer(texts: Sequence[str]) -> Any:
@@ -83,27 +95,56 @@ def entities(task: Task, train: list, valid: list) -> list[Prediction]:
 
 
 def questions(task: Task, train: list, valid: list) -> list[Prediction]:
-    lengths = [len(re.findall(WORD, one.answers[0])) for one in train if one.answers]
-    usual = max(int(np.median(lengths)), 1)
-    return [answer(one, usual) for one in valid]
+    """Passages as they suit the training questions best."""
+    contexts = {one.context for one in train}
+    seen = Counter(word for text in contexts for word in {*words_of(text)})
+    count, rules = len(contexts), task.config.answers
+    known = [one for one in train if one.answers]
+    if not known:
+        raise DataError("task.train: no question has an answer")
+    usual = max(int(np.median([len(words_of(one.answers[0])) for one in known])), 1)
+    tried = known[:: 1 + len(known) // TRIED]
+
+    def fitness(way: Way) -> float:
+        said = [passage(one, way, seen, count) for one in tried]
+        pairs = zip(tried, said, strict=True)
+        return sum(answer_scores(one.answers, text, rules)[1] for one, text in pairs)
+
+    ways = [Way(times * usual, *how) for times in (1, 2, 3, 4) for how in product((0, 1), repeat=2)]
+    best = max(ways, key=fitness)
+    return [
+        {"id": one.id, "text": passage(one, best, seen, count), "no_answer": 0.0} for one in valid
+    ]
 
 
-def answer(example: Any, length: int) -> Prediction:
+def words_of(text: str) -> list[str]:
+    return [word.lower() for word in re.findall(WORD, text)]
+
+
+def passage(example: Any, way: Way, seen: Counter, count: int) -> str:
+    """So many words of the text that are not in the question, but near to what is."""
     places = [found.span() for found in re.finditer(WORD, example.context)]
-    words = [example.context[start:stop].lower() for start, stop in places]
-    asked = {word.lower() for word in re.findall(WORD, example.question)}
-    counts = Counter(words)
-    rare = np.array([np.log1p(1 / counts[word]) if word in asked else 0.0 for word in words])
-    if len(words) <= length:
-        return {"id": example.id, "text": example.context.strip(), "no_answer": 0.0}
-    # Of each word the question's words around it, the nearer the more; then of each passage.
+    words, asked = words_of(example.context), {*words_of(example.question)}
+    if not words:
+        return example.context.strip()
+    rare = np.array([max(np.log((count + 1) / (seen[word] + 0.5)), 0.0) for word in words])
+    shared = rare * [word in asked for word in words]
     near = 1 / (1 + np.abs(np.arange(-AROUND, AROUND + 1)))
-    around = np.convolve(rare, near)[AROUND : AROUND + len(words)] - 2 * rare
-    scores = np.convolve(around, np.ones(length), "valid")
-    best = int(scores.argmax())
-    start, stop = places[best][0], places[best + length - 1][1]
-    text = example.context[start:stop]
-    return {"id": example.id, "text": text, "no_answer": -float(scores[best])}
+    worth = np.convolve(shared, near)[AROUND : AROUND + len(words)] + way.rare * rare - 4 * shared
+    inside = np.arange(len(words))
+    if way.by_sentence:
+        sentence = np.cumsum(
+            [False]
+            + [
+                bool(re.search(SENTENCE_END, example.context[before[1] : after[0]]))
+                for before, after in pairwise(places)
+            ]
+        )
+        inside = np.flatnonzero(sentence == np.bincount(sentence, weights=shared).argmax())
+    if len(inside) > way.length:
+        sums = np.convolve(worth[inside], np.ones(way.length), "valid")
+        inside = inside[sums.argmax() :][: way.length]
+    return example.context[places[inside[0]][0] : places[inside[-1]][1]]
 
 
 def pairs(task: Task, train: list, valid: list) -> list[Prediction]:
