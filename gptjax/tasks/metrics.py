@@ -3,7 +3,7 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -312,12 +312,3 @@ def figure_of(name: str) -> Callable[[np.ndarray], float]:
             _f1_figures(parts.sum(axis=0))["f1"] if parts.shape[1] == 3 else _mean(parts[:, 0])
         )
     return lambda parts: _mean(parts[:, 0])
-
-
-def lines_of(counts: np.ndarray, labels: Iterable[str]) -> list[str]:
-    """A confusion matrix as lines of a table in Markdown."""
-    labels = [*map(str, labels)]
-    head = ["", *labels]
-    rows = [[label, *map(str, row)] for label, row in zip(labels, counts.tolist(), strict=True)]
-    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
-    return [lines[0], "| " + " | ".join(["---"] * len(head)) + " |", *lines[1:]]
