@@ -5,16 +5,17 @@ import io
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import jax
 import numpy as np
 import pytest
 from small import PLAIN, fresh
 
-from gptjax.config import ConfigError, TaskConfig
+from gptjax.config import ConfigError, TaskConfig, kind_of
 from gptjax.model import token_losses
 from gptjax.sources import DataError
-from gptjax.tasks import Encoded, ExampleRows, Problems, encode_examples, make_task
+from gptjax.tasks import Encoded, ExampleRows, Problems, Task, encode_examples, make_task
 from gptjax.tasks.classification import Classified
 from gptjax.tasks.dialogue import Dialogue, Message
 from gptjax.tasks.entities import Tagged
@@ -98,6 +99,14 @@ def encode(task, example, tokenizer: Tokenizer = BYTES, size: int = 1000) -> lis
     problems.refuse()
     assert all(len({*map(len, one[:3])}) == 1 and len(one.tokens) <= size for one in encoded)
     return encoded
+
+
+@pytest.mark.parametrize("kind", kind_of(get_type_hints(TaskConfig)["kind"]).choices)
+def test_every_kind_is_a_task(kind):
+    task = make_task(TaskConfig(kind=kind, labels=("O", "B-A", "I-A")))
+    assert task.name == kind and task.fitted([]) == task
+    members = {*Task.__annotations__, *(name for name in vars(Task) if name[0] != "_")}
+    assert all(hasattr(task, name) for name in members)
 
 
 # --- places in a text --------------------------------------------------------------------------

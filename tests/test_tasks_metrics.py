@@ -139,7 +139,7 @@ def test_broken_tags_are_found():
     assert first_broken(["B-PER", "I-LOC"], "iob2") == 1
     assert first_broken(["O", "B-PER"], "iob1") == 1
     assert first_broken(["B-PER", "I-PER", "O"], "bioes") == 1
-    assert plain_tag("L-PER", "bioes") == "E-PER"
+    assert plain_tag("L-PER", "bioes") == "E-PER" and plain_tag("B_PER", "iob2") == "B-PER"
     assert plain_tag("X-PER", "iob2") is None and plain_tag("", "iob2") is None
     assert entities(["I-A", "I-A", "I-B"]) == [Entity("A", 0, 2), Entity("B", 2, 3)]
 

@@ -27,7 +27,7 @@ def plain_tag(tag: str, scheme: Scheme) -> str | None:
         return tag
     if scheme == "io":
         return f"I-{tag.removeprefix('I-')}" if tag else None
-    match = re.fullmatch(r"([A-Z])-(.+)", tag)
+    match = re.fullmatch(r"([A-Z])[-_](.+)", tag)
     if not match:
         return None
     letter = SAME_LETTER.get(match[1], match[1]) if scheme == "bioes" else match[1]
