@@ -19,11 +19,12 @@ _FILE_OF = {
         "sharding": "make_mesh",
         "attention": "Mask attend",
         "model": "KVCache abstract_params forward init_params param_letters token_losses",
-        "rundir": "CheckpointError read_run",
+        "rundir": "BusyError CheckpointError read_run",
         "checkpoint": "Checkpoints",
         "generate": "Sampling next_token_logits stream",
         "step": "TrainState abstract_state train_step",
-        "train": "DivergenceError Interrupted fit",
+        "stop": "Interrupted",
+        "train": "DivergenceError fit",
     }.items()
     for name in names.split()
 }

@@ -42,6 +42,9 @@ Probability = Annotated[float, Range(1e-30, 1.0)]
 # Rows of a mixture come in blocks, in each of which every store has exactly its share of the rows.
 BLOCK_ROWS = 1 << 16
 
+# Updates whose loss and gradient norm the state of a run remembers.
+MOST_SPIKE_WINDOW = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
@@ -284,6 +287,33 @@ class GuardConfig:
 
     # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
     max_nonfinite: Count = 5
+    # seconds that a step may take, with the wait for its data, before the run is taken to be stuck
+    # and ends with the stacks of its threads; None: any time
+    step_seconds: Positive | None = 600.0
+    # the same of a batch of an evaluation, the first of which is compiled
+    evaluate_seconds: Positive | None = 1800.0
+    start_seconds: Positive | None = 7200.0  # of the start: to compile and to restore
+    save_seconds: Positive | None = 1800.0  # of the wait for a checkpoint to be on the disk
+    save_retries: Whole = 3  # times that a save is tried again that failed, before the run stops
+    save_backoff: NotNegative = 30.0  # seconds before the first retry; each further one doubles it
+    # finite updates are skipped too whose loss or norm of the gradient is far above those of the
+    # last so many that were taken, after the warm-up; 16 to 128, 0: never
+    spike_window: Annotated[int, Range(0, MOST_SPIKE_WINDOW)] = 128
+    # far is so many standard deviations over their median: by the median of the distances from it,
+    # and never less than a tenth of it. None: however high. In 2,000 steps of each of several small
+    # models without a fault, with 1 to 16 rows a step, the most were 4 of the loss, and 41 of the
+    # norm, which has rare large values when batches are small
+    spike_loss: Positive | None = 20.0
+    spike_grad_norm: Positive | None = 200.0
+    max_spikes: Count = 5  # skipped in a row; what still comes then is the new normal
+    # updates skipped in a row, for either reason, after which the run goes back to the newest
+    # checkpoint and passes over their batches; None: never
+    rollback_after: Count | None = None
+    max_rollbacks: Whole = 3  # of a run; then it stops instead
+    # steps between comparisons of all copies of parameters and optimizer state on different
+    # devices, which stop the run where a bit differs; every state that is saved is compared too;
+    # None: never
+    cross_check_every: Count | None = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -580,6 +610,20 @@ def _schedule(config: Config, _: int | None) -> Iterator[str]:
         )
 
 
+def _guard(config: Config, _: int | None) -> Iterator[str]:
+    guard = config.guard
+    if 0 < guard.spike_window < 16:
+        yield (
+            f"guard.spike_window = {guard.spike_window}: too few to tell what is usual: "
+            f"give 16 to {MOST_SPIKE_WINDOW}, or 0 to take every finite update"
+        )
+    if guard.rollback_after and guard.rollback_after > guard.max_nonfinite:
+        yield (
+            f"guard.rollback_after = {guard.rollback_after} is more than guard.max_nonfinite = "
+            f"{guard.max_nonfinite}, after which the run stops: give at most as many"
+        )
+
+
 def _data(config: Config, _: int | None) -> Iterator[str]:
     data = config.data
     if config.task.kind is not None:
@@ -766,6 +810,7 @@ RULES = (
     _windows,
     _learning_rates,
     _schedule,
+    _guard,
     _data,
     _task,
     _task_texts,

@@ -8,14 +8,13 @@ a store are the same for any number of workers, on any machines, after any kill.
 import hashlib
 import json
 import logging
-import pickle
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from gptjax.config import ConfigError, DataConfig
 from gptjax.files import Folder, building, is_url, join, read_file, read_json, remove, write_json
 from gptjax.layout import Entry, Layout, Sources, Surveys, lay_out, no_text
+from gptjax.message import from_text, to_text
 from gptjax.pool import Progress, run_in_pool, run_on_beam
 from gptjax.sources import DataError, Fingerprint, Source, find_sources
 from gptjax.store import (
@@ -272,6 +272,24 @@ class _Work:
             tqdm.write(text, file=sys.stderr)
 
 
+class _Late:
+    """A tokenizer, which another process loads when it is first called for: that takes a while, and
+    few sources need it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | str):
+        """Give it as text to have it loaded."""
+        self._tokenizer = tokenizer
+
+    def __reduce__(self) -> tuple:
+        return _Late, (to_text(self._tokenizer),)
+
+    def __call__(self) -> Tokenizer:
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = from_text(self._tokenizer)
+        return self._tokenizer
+
+
 def _survey(
     folder: Folder,
     spool: Path,
@@ -304,7 +322,7 @@ def _survey(
             survey_group,
             sources=sources,
             config=config,
-            packed_tokenizer=pickle.dumps(tokenizer),
+            tokenizer=_Late(tokenizer),
             folder=folder,
             spool=spool,
         ),
@@ -325,14 +343,12 @@ def survey_group(
     *,
     sources: Sources,
     config: DataConfig,
-    packed_tokenizer: bytes,
+    tokenizer: _Late,
     folder: Folder,
     spool: Path,
 ) -> None:
     """Write what there is in some sources."""
     listed = sources[group.listing][group.first : group.past]
-    # To load a tokenizer takes a while, and few sources need it.
-    tokenizer = cache(partial(pickle.loads, packed_tokenizer))
     surveys = [
         survey_source(source, number, config, tokenizer, path, progress)
         for number, (source, path) in enumerate(

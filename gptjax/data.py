@@ -9,23 +9,25 @@ import itertools
 import json
 import math
 import os
+import queue
+import threading
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from gptjax.config import BLOCK_ROWS, field_problems, weight_at
+from gptjax.config import BLOCK_ROWS, Count, Whole, field_problems, weight_at
 from gptjax.sources import DataError
 from gptjax.store import DocumentInfo, Store
 
 Item = TypeVar("Item")
+
+CLOSE_SECONDS = 5  # that the end of `prefetch` waits for an item which is being made
 
 
 class Batch(NamedTuple):
@@ -373,25 +375,54 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ bits >> 31
 
 
-def prefetch(make: Callable[[int], Item], start: int, stop: int, ahead: int) -> Iterator[Item]:
+def prefetch(
+    make: Callable[[int], Item],
+    start: int,
+    stop: int,
+    ahead: int,
+    request: Future[None] | None = None,
+) -> Iterator[Item]:
     """make(start) ... make(stop - 1) in order, up to `ahead` of them made before they are wanted.
 
     They are made on one other thread, or with ahead = 0 on the caller's. An exception comes out at
-    its item. Closing the iterator ends the thread once the item in hand is made.
+    its item. Closing the iterator ends the thread once the item in hand is made. When `request` is
+    done, the items end, even if the next one never comes.
     """
     if ahead == 0:
         yield from map(make, range(start, stop))
         return
-    with ThreadPoolExecutor(1, "prefetch") as pool:
-        steps = iter(range(start, stop))
-        waiting = deque(pool.submit(make, step) for step in islice(steps, ahead))
-        try:
-            while waiting:
-                item = waiting.popleft().result()
-                waiting.extend(pool.submit(make, step) for step in islice(steps, 1))
-                yield item
-        finally:
-            pool.shutdown(cancel_futures=True)
+    room, made = threading.Semaphore(ahead), queue.SimpleQueue()
+    closed = threading.Event()
+
+    def work() -> None:
+        for step in range(start, stop):
+            room.acquire()
+            if closed.is_set():
+                return
+            try:
+                made.put((make(step), None))
+            except BaseException as error:
+                made.put((None, error))
+                return
+        made.put(None)
+
+    # A daemon, for an item that never comes must not keep the process from its end.
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    if request:
+        request.add_done_callback(lambda _: made.put(None))
+    try:
+        while (item := made.get()) is not None:
+            value, error = item
+            if error:
+                raise error
+            room.release()
+            yield value
+    finally:
+        closed.set()
+        room.release()
+        stalled = request is not None and request.done()
+        thread.join(timeout=CLOSE_SECONDS / 20 if stalled else CLOSE_SECONDS)
 
 
 # --- the documents behind a batch ----------------------------------------------------------------
@@ -453,28 +484,35 @@ def read_exclusions(run_dir: Path) -> tuple[Exclusion, ...]:
     Raises:
       DataError: if the record cannot be read.
     """
-    path = run_dir / "skipped.json"
-    if not path.exists():
-        return ()
-    try:
-        exclusions = tuple(Exclusion(**entry) for entry in json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a list of documents ({error}); restore a copy") from error
-    for i, exclusion in enumerate(exclusions):
-        for problem in field_problems(exclusion, path=f"entry {i}").values():
-            raise DataError(f"{path}: {problem}")
-    return exclusions
+    return _read_record(run_dir / "skipped.json", Exclusion, "documents")
 
 
 def write_exclusions(run_dir: Path, exclusions: Iterable[Exclusion]) -> None:
     """Record what a run sees no more, all of it at once."""
-    new = run_dir / "skipped.json.new"
+    _write_record(run_dir / "skipped.json", exclusions)
+
+
+def _read_record(path: Path, kind: type[Item], noun: str) -> tuple[Item, ...]:
+    if not path.exists():
+        return ()
+    try:
+        entries = tuple(kind(**entry) for entry in json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a list of {noun} ({error}); restore a copy") from error
+    for i, entry in enumerate(entries):
+        for problem in field_problems(entry, path=f"entry {i}").values():
+            raise DataError(f"{path}: {problem}")
+    return entries
+
+
+def _write_record(path: Path, entries: Iterable[Any]) -> None:
+    new = path.with_name(f"{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
-        json.dump([asdict(one) for one in exclusions], file, indent=2, ensure_ascii=False)
+        json.dump([asdict(one) for one in entries], file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    new.rename(run_dir / "skipped.json")
+    new.rename(path)
 
 
 def exclude(rows: Rows, exclusions: Iterable[Exclusion]) -> Rows:
@@ -508,3 +546,48 @@ def exclude(rows: Rows, exclusions: Iterable[Exclusion]) -> Rows:
             )
         members.append(replace(member, excluded=excluded))
     return replace(rows, members=tuple(members))
+
+
+# --- batches passed over ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Batches that a run passed over when it went back: an entry of RUN/rollbacks.json."""
+
+    first: Count  # batch, as in DataConfig.skip
+    last: Count
+    step: Count  # from which the run went back
+    to_step: Whole  # that of the checkpoint
+
+
+def read_rollbacks(run_dir: Path) -> tuple[Rollback, ...]:
+    """What is recorded in a run directory; nothing if there is no record.
+
+    Raises:
+      DataError: if the record cannot be read.
+    """
+    return _read_record(run_dir / "rollbacks.json", Rollback, "rollbacks")
+
+
+def write_rollbacks(run_dir: Path, rollbacks: Iterable[Rollback]) -> None:
+    """Record what a run passed over, all of it at once."""
+    _write_record(run_dir / "rollbacks.json", rollbacks)
+
+
+def pass_over(rows: Rows, rollbacks: Iterable[Rollback]) -> Rows:
+    """The same rows without the batches of these rollbacks. No step up to a rollback's `to_step`
+    sees another batch than before.
+    """
+    return replace(rows, skip=join_ranges([*rows.skip, *((r.first, r.last) for r in rollbacks)]))
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges that have no number in common, ascending, for ranges that may; ends included."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if joined and first <= joined[-1][1] + 1:
+            first, before = joined.pop()
+            last = max(last, before)
+        joined.append((first, last))
+    return tuple(joined)

@@ -3,6 +3,8 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,9 @@ def evaluate(
     *,
     max_batches: int | None = None,
     prefetched: int = 2,
-) -> dict[str, float]:
+    begin: Callable[[], bool] = lambda: True,
+    request: Future[None] | None = None,
+) -> dict[str, float] | None:
     """The loss over the first batches of each split, every target once.
 
     Args:
@@ -59,18 +63,25 @@ def evaluate(
       mesh: where the batches go.
       max_batches: how many of each split are read; None: all.
       prefetched: batches made ahead.
+      begin: asked before each batch; False ends the evaluation.
+      request: when it is done, no more batches are waited for.
     Returns:
       "eval/loss" in nats per token, and "eval/bits_per_byte": all nats, over ln 2, over the bytes
       of the text; of all splits together, and as "eval/NAME/loss" and so on of each with a name.
+      None if the evaluation was ended.
     """
     totals = {}
     for name, rows in splits.items():
         num_batches = min(max_batches or rows.num_batches, rows.num_batches)
         make = functools.partial(batch_at, rows=rows, which=local_rows(mesh, rows.batch_size))
-        sums = [
-            step(params, to_devices(mesh, batch, rows.batch_size))
-            for batch in prefetch(make, 0, num_batches, prefetched)
-        ]
+        sums = []
+        with closing(prefetch(make, 0, num_batches, prefetched, request)) as batches:
+            for batch in batches:
+                if not begin():
+                    return None
+                sums.append(step(params, to_devices(mesh, batch, rows.batch_size)))
+        if len(sums) < num_batches:
+            return None
         # Added in float64, for a split has many batches.
         totals[name] = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
     figures = _figures("eval", sum(totals.values()))

@@ -10,6 +10,7 @@ costs one look into an empty dict. The command line arms what the environment's 
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from typing import NamedTuple
@@ -17,11 +18,13 @@ from typing import NamedTuple
 # Where a run can be made to fail, in the order in which it comes there.
 POINTS = (
     "locked",  # the run directory is this run's alone
+    "prepare",  # before text is read and tokenised, in process 0
     "compile",  # on the thread that compiles
     "restore",  # before a checkpoint is read
     "batch_read",  # on the thread that makes batches ahead
     "step_end",  # a step is dispatched, its metrics are not fetched
     "evaluate",
+    "sample",  # everything is saved
     "copied",  # a save has its own copy of the state
     "written",  # all files of a save are written, none is certain to stay
     "sealed",  # with its manifest, and certain to stay
@@ -88,6 +91,8 @@ def at(point: str) -> bool:
 
 
 def _happen(fault: _Fault, point: str) -> None:
+    # Whoever armed it may wait for this.
+    print(f"gptjax: fault on purpose: {fault.action} at {point}", file=sys.stderr, flush=True)
     match fault.action:
         case "kill9":
             os.kill(os.getpid(), signal.SIGKILL)

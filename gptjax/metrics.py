@@ -1,11 +1,13 @@
 """The log of a run, the FLOPs of a token, and the share of a chip's peak that a run reaches."""
 
+import errno
 import json
 import math
 import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +42,7 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
 }
 
+WARN_SECONDS = 60  # between two warnings that lines could not be logged
 MEASURE_SECONDS = 0.5  # that the ceiling of a CPU may take to measure, compilation aside
 
 
@@ -143,25 +146,26 @@ class Log:
           enabled: False does nothing at all, for processes that have nothing to say.
         """
         self._enabled, self._last = enabled, last_step
-        self._written = first_step - 1
-        self._done, self._began = first_step - 1, None
+        self._run_dir, self._tensorboard = run_dir, tensorboard
         self._shown: dict[str, float] = {}
         self._file = self._events = self._bar = None
-        if not enabled:
-            return
-        path = run_dir / "metrics.jsonl"
-        _forget(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # slow: it imports PyTorch where there is one
-
-            self._events = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=10
-            )
-        if sys.stderr.isatty():
+        self._warned = -math.inf
+        self._open(first_step)
+        if enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=last_step, initial=first_step - 1, unit="step", dynamic_ncols=True
             )
+
+    def _open(self, first_step: int) -> None:
+        self._written = first_step - 1
+        self._done, self._began = first_step - 1, None
+        if not self._enabled:
+            return
+        self._path = self._run_dir / "metrics.jsonl"
+        _forget(self._path, first_step)
+        self._file = self._path.open("ab", buffering=0)
+        if self._tensorboard:
+            self._events = _TensorBoard(self._run_dir / "tensorboard", first_step)
 
     def __enter__(self) -> Self:
         return self
@@ -169,7 +173,18 @@ class Log:
     def __exit__(self, *error: Any) -> None:
         for part in (self._bar, self._events, self._file):
             if part is not None:
+                with suppress(OSError):
+                    part.close()
+
+    def rewind(self, first_step: int) -> None:
+        """Forget the steps from this one on, which are still to be done again."""
+        for part in (self._events, self._file):
+            if part is not None:
                 part.close()
+        self._open(first_step)
+        if self._bar is not None:
+            self._bar.n = first_step - 1
+            self._bar.refresh()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log all metrics of a step at once; steps ascend. Numbers may be scalar arrays."""
@@ -178,14 +193,49 @@ class Log:
         assert step > self._written, f"step {step} is written after step {self._written}"
         self._written = step
         values = {name: np.asarray(value).item() for name, value in jax.device_get(values).items()}
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        line = {"step": step} | {name: finite.get(name) for name in values}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events:
-            for name, value in finite.items():
-                self._events.add_scalar(name, value, step)
+        try:
+            self._append(_line(step, values))
+            self._add_events(step, values)
+        except OSError as error:
+            self._warn(f"step {step} is not logged: {error.strerror or error}; training goes on")
         self._show(step, values)
+
+    def amend(self, step: int, values: dict[str, float]) -> None:
+        """Log more of the step that was logged last."""
+        if not self._enabled:
+            return
+        before = json.loads(_lines(self._path)[-1])
+        assert before["step"] == step, f"step {step} is not the last, that is {before['step']}"
+        _replace(self._path, [*_lines(self._path)[:-1], _line(step, before | values)])
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)
+        self._add_events(step, values)
+        self._show(step, values)
+
+    def _append(self, line: str) -> None:
+        """Add a whole line or nothing."""
+        content, size = f"{line}\n".encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(content)
+        except OSError:
+            written = 0
+            raise
+        finally:
+            if written < len(content):
+                self._file.truncate(size)
+        if written < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _add_events(self, step: int, values: dict[str, float]) -> None:
+        if self._events:
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            self._events.add(step, finite)
+
+    def _warn(self, text: str) -> None:
+        """Say it, unless something was said of the kind less than a minute ago."""
+        if time.monotonic() - self._warned > WARN_SECONDS:
+            self._warned = time.monotonic()
+            self.say(f"warning    {text}")
 
     def advance(self, step: int) -> None:
         """Tell the console that a step is done; cheap enough for every one."""
@@ -240,12 +290,57 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
+def _line(step: int, values: dict[str, Any]) -> str:
+    """JSON has no number for what is not finite: that is null."""
+    finite = {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in values.items()
+    }
+    return json.dumps({"step": step} | finite, allow_nan=False)
+
+
 def _forget(path: Path, first_step: int) -> None:
-    """Remove the lines of this step and later ones, at once."""
-    kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
+    """Remove the lines of this step and later ones, and what a kill left of one."""
+    _replace(path, [line for line in _lines(path) if json.loads(line)["step"] < first_step])
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    """Write all lines anew, at once."""
     new = path.with_name(path.name + ".new")
     with new.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
+        file.writelines(line + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
     new.rename(path)
+
+
+class _TensorBoard:
+    """Scalars for TensorBoard, written by the thread that logs.
+
+    The library's own writer has a thread and a queue: on a full disk the thread dies, and the queue
+    then waits for ever.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        """Scalars of that step and later ones, which another command wrote, are to be forgotten."""
+        from tensorboardX.event_file_writer import EventsWriter  # slow: may import PyTorch
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), f".{first_step}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=first_step, session_log=start)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        scalars = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in values.items()
+        ]
+        self._write(step=step, summary=self._summary(value=scalars))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), **fields))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -42,7 +42,7 @@ def make_optimizer(config: OptimizerConfig, letters: Any) -> optax.GradientTrans
     """Gradients -> AdamW's direction (Loshchilov and Hutter 2019, algorithm 2), to be multiplied by
     minus the learning rate.
 
-    Its `update` takes one argument more, `finite`: where that is False the state stays as it is,
+    Its `update` takes one argument more, `taken`: where that is False the state stays as it is,
     bit for bit.
 
     Args:
@@ -82,11 +82,11 @@ def scale_by_adam(
     place. Here the direction reads the new ones.
     """
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, finite=True):
-        count = state.count + finite
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, taken=True):
+        count = state.count + taken
         mu, nu = jax.lax.optimization_barrier(
             jax.tree.map(
-                functools.partial(jnp.where, finite),
+                functools.partial(jnp.where, taken),
                 (
                     optax.tree.update_moment(grads, state.mu, beta1, 1),
                     optax.tree.update_moment(grads, state.nu, beta2, 2),

@@ -5,7 +5,6 @@ are one to it.
 """
 
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -15,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from gptjax.config import ConfigError
+from gptjax.message import from_text, to_text
 from gptjax.sources import DataError
 
 Progress = Callable[[int], None]  # told of the bytes that have been worked on since the last call
@@ -45,7 +46,8 @@ def run_in_pool(
     when this process does, whatever ends it.
 
     Args:
-      function: can be pickled, as can the items.
+      function: of this package, also with arguments given; `to_text` has a form for it and the
+        items.
       workers: processes; None: as many as there are cores. With one, or one item: this process.
       label: what an error calls an item.
       still: told which workers have made no progress for a while, and where; "" when all do again.
@@ -108,12 +110,12 @@ class _Member:
 
     def _send(self, value: Any) -> None:
         with suppress(BrokenPipeError):  # it is dead, which `receive` says
-            self.connection.send(value)
+            self.connection.send_bytes(to_text(value).encode())
 
     def receive(self, label: Callable[[Any], str]) -> tuple[str, Any]:
         self.heard = time.monotonic()
         try:
-            return self.connection.recv()
+            return from_text(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
             code = self.process.wait()
         how = f"ended with code {code}"
@@ -162,24 +164,27 @@ def serve(descriptor: int) -> None:
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=[connection, inbox], daemon=True).start()
 
+    def tell(kind: str, content: Any) -> None:
+        connection.send_bytes(to_text((kind, content)).encode())
+
     def progress(num_bytes: int) -> None:
         if sum_ := told.add(num_bytes):
-            connection.send(("progress", sum_))
+            tell("progress", sum_)
 
     function = None
     while True:
         content = inbox.get()
         try:
             if function is None:
-                function = pickle.loads(content)
+                function = from_text(content)
                 continue
-            function(pickle.loads(content), progress)
+            function(from_text(content), progress)
             message = ("done", None)
         except BaseException as error:
-            message = ("failed", _portable(error))
+            message = ("failed", error)
         if rest := told.take():
-            connection.send(("progress", rest))
-        connection.send(message)
+            tell("progress", rest)
+        tell(*message)
 
 
 def _listen(connection: Connection, inbox: queue.SimpleQueue) -> None:
@@ -189,16 +194,6 @@ def _listen(connection: Connection, inbox: queue.SimpleQueue) -> None:
             inbox.put(connection.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
-
-
-def _portable(error: BaseException) -> BaseException:
-    """The error, or one like it that can be sent."""
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:
-        pass
-    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class _Told:
@@ -241,9 +236,14 @@ def run_on_beam(
             "Apache Beam is not installed: pip install 'gptjax[beam]', or leave out --beam"
         ) from error
     with beam.Pipeline(options=PipelineOptions([*options])) as pipeline:
-        apart = pipeline | beam.Create([pickle.dumps(item) for item in items]) | beam.Reshuffle()
-        _ = apart | beam.Map(_call, function)
+        apart = pipeline | beam.Create([to_text(item) for item in items]) | beam.Reshuffle()
+        _ = apart | beam.Map(_call, to_text(function))
 
 
-def _call(item: bytes, function: Function) -> None:
-    function(pickle.loads(item), lambda num_bytes: None)
+def _call(item: str, function: str) -> None:
+    _function_of(function)(from_text(item), lambda num_bytes: None)
+
+
+@cache  # what comes with it, such as a tokenizer, may take a while to load
+def _function_of(text: str) -> Function:
+    return from_text(text)

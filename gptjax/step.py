@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config
 from gptjax.data import Batch
+from gptjax.guard import Recent, judge, no_recent
 from gptjax.model import Params, abstract_params, init_params, param_letters, resolve, weighted_loss
 from gptjax.optim import learning_rate, make_optimizer
 from gptjax.sharding import constrain_stored, in_use, replicated
@@ -25,13 +26,15 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     skipped: jax.Array  # updates skipped in a row up to now, int32
+    recent: Recent  # losses and gradient norms of the updates before
 
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """The state before the first step."""
     params = init_params(config.model, key)
     opt_state = make_optimizer(config.optimizer, param_letters(config.model)).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, opt_state, skipped=zero, recent=no_recent())
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -71,8 +74,8 @@ def train_step(
 
     The loss is the sum of weights x losses over the whole batch divided once by the sum of its
     weights, so devices, processes and accumulated parts make no difference. An update whose loss or
-    gradient is not finite is skipped: the parameters and the optimizer's state stay as they are,
-    bit for bit, on every device.
+    gradient is not finite, or a spike, is skipped: the parameters and the optimizer's state stay as
+    they are, bit for bit, on every device.
 
     Returns:
       the next state, and scalars under the names of metrics.jsonl.
@@ -83,24 +86,25 @@ def train_step(
     grads = jax.tree.map(constrain_stored, grads, letters)
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config, state.step)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    taken, recent = judge(state.recent, loss, grad_norm, state.step, config)
     direction, opt_state = make_optimizer(config.optimizer, letters).update(
-        grads, state.opt_state, state.params, finite=finite
+        grads, state.opt_state, state.params, taken=taken
     )
     params = jax.tree.map(
-        lambda value, change: jnp.where(finite, value - rate * change, value),
+        lambda value, change: jnp.where(taken, value - rate * change, value),
         state.params,
         direction,
     )
-    skipped = jnp.where(finite, 0, state.skipped + 1)
+    skipped = jnp.where(taken, 0, state.skipped + 1)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
         "train/learning_rate": rate,
         "train/skipped": skipped,
+        "train/spikes": recent.spikes,
         "data/batch_hash": batch_hash(batch),
     }
-    return TrainState(state.step + 1, params, opt_state, skipped), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped, recent), metrics
 
 
 def loss_and_grads(

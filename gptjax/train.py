@@ -2,17 +2,14 @@
 
 import dataclasses
 import functools
-import re
-import signal
-import statistics
+import math
+import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,47 +17,79 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, ConfigError, GPTConfig, check
-from gptjax.corpus import load_corpus
+from gptjax.clock import Clock, DeviceWatch
+from gptjax.config import Config, ConfigError, check
 from gptjax.data import (
     Batch,
-    Exclusion,
-    Member,
+    Rollback,
     Rows,
     batch_at,
     check_epochs,
-    check_rows,
     exclude,
+    pass_over,
     prefetch,
-    read_exclusions,
+    read_rollbacks,
     write_exclusions,
+    write_rollbacks,
 )
+from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
 from gptjax.generate import Sampling, generate
-from gptjax.metrics import Log, flops_per_token, peak_flops, read_metrics
-from gptjax.model import Params, abstract_params, resolve
-from gptjax.resume import begun, refuse_another_run
-from gptjax.rundir import save_run
+from gptjax.metrics import Log, read_metrics
+from gptjax.model import Params, resolve
+from gptjax.replicas import Comparer, Comparison, differences, make_comparer
+from gptjax.resume import (
+    NOTHING_ALLOWED,
+    Allowed,
+    Origin,
+    begin_fork,
+    changes_of,
+    data_changes,
+    data_of,
+    find_past,
+    keep_past,
+    refuse_changes,
+    told,
+    write_changes,
+)
+from gptjax.rows import load_rows, take_up, with_vocabulary
+from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sharding import local_rows, make_mesh, to_devices
-from gptjax.sources import DataError
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state
-from gptjax.store import Store
+from gptjax.stop import Interrupted, Leaving, Stop
+from gptjax.summary import describe, left_out, summary, versions
 from gptjax.tokenizer import Tokenizer, make_tokenizer
+from gptjax.watchdog import Watchdog
 
 
 class DivergenceError(RuntimeError):
-    """Updates were skipped too many times in a row, for losses or gradients that are not finite."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop, and its last step is saved: the same command goes on from
-    there.
+    """Updates were skipped too many times in a row, for losses or gradients that are not finite or
+    far too high.
     """
 
 
-def fit(config: Config, run_dir: Path) -> TrainState:
+class ReplicaError(DivergenceError):
+    """Copies of the state on different devices are not the same."""
+
+
+class _GoBackError(Exception):
+    """Updates were skipped too many times in a row, and the run may go back."""
+
+    def __init__(self, step: int, skipped: int):
+        """So many up to this step."""
+        self.step, self.skipped = step, skipped
+
+
+def fit(
+    config: Config,
+    run_dir: Path,
+    *,
+    allowed: Allowed = NOTHING_ALLOWED,
+    fork_from: Origin | None = None,
+    began: float | None = None,
+) -> TrainState:
     """Train, from the newest checkpoint in the run directory if there is one, and leave everything
     there.
 
@@ -68,33 +97,129 @@ def fit(config: Config, run_dir: Path) -> TrainState:
       config: the run. `model.vocab_size` None is taken from the tokenizer.
       run_dir: config.json, metrics.jsonl, tokenizer/, checkpoints/ and tensorboard/ are written
         below it.
+      allowed: changes that a run that goes on may have, though they change its numbers.
+      fork_from: the run and step whose state a new run begins with.
+      began: when the process began, in seconds since 1970; None: now.
     Returns:
       the state after the last step.
     Raises:
       ConfigError, DataError: before anything is compiled or written.
-      CheckpointError: if the run directory is of another tokenizer, model, data or seed.
-      DivergenceError: after `config.guard.max_nonfinite` skipped updates in a row.
-      Interrupted: after SIGTERM or SIGINT, once the step is saved.
+      BusyError: if another run is in the run directory; nothing is changed there.
+      CheckpointError: if the run directory is of another tokenizer, model, data or seed, or of
+        another config or stores that are not allowed; or all its checkpoints are damaged.
+      DivergenceError: after `config.guard.max_nonfinite` updates in a row that are not finite, or
+        one rollback more than `config.guard.max_rollbacks`.
+      ReplicaError: if copies of the state on different devices are no longer the same.
+      NotFiniteError: if a state to be saved is not finite.
+      OSError: if a save failed as often as `config.guard.save_retries` allows, and once more.
+      Interrupted: after SIGTERM or SIGINT, once the step is saved. Before the first step, and
+        while the final sample is made, a signal ends the process at once, with code 75. Signals are
+        heard if this is the main thread.
     """
+    events = Events(run_dir, jax.process_index(), began)
+    alone = jax.process_count() == 1
+    with (
+        events,
+        Leaving(events) as leave,
+        Stop(leave, alone=alone) as stop,
+        Watchdog(config.guard, stop, leave) as watchdog,
+        _alone_in(run_dir, leave),
+        _told(events),
+        watchdog.telling(),
+    ):
+        return _fit(config, run_dir, allowed, fork_from, events, stop, watchdog)
+
+
+@contextmanager
+def _alone_in(run_dir: Path, leave: Leaving) -> Iterator[None]:
+    """The run directory is this run's alone, or else every process of the run refuses it."""
+    count, refusal = jax.process_count(), None
+    lock = RunLock(
+        run_dir,
+        num_processes=count,
+        say=lambda text: print(text, file=sys.stderr),
+        lost=functools.partial(leave, EXIT_CODES["BusyError"]),
+    )
+    with ExitStack() as opened:
+        if jax.process_index() == 0:
+            try:
+                opened.enter_context(lock)
+                leave.after(lock.release)
+            except BusyError as error:
+                refusal = error
+        if count > 1:
+            text = str(refusal or "").encode()[:1024].ljust(1024)
+            told = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+            if words := bytes(told).decode(errors="replace").strip():
+                refusal = BusyError(words)
+        if refusal:
+            raise refusal
+        yield
+
+
+@contextmanager
+def _told(events: Events) -> Iterator[None]:
+    """What ends the run stands among the events too."""
+    try:
+        yield
+    except BaseException as error:
+        code, message = explain(error)
+        events.write("stop" if code in NO_ERRORS else "error", code=code, message=message)
+        raise
+
+
+def _fit(
+    config: Config,
+    run_dir: Path,
+    allowed: Allowed,
+    fork_from: Origin | None,
+    events: Events,
+    stop: Stop,
+    watchdog: Watchdog,
+) -> TrainState:
+    """As `fit`, in a run directory that is this run's alone."""
+    check(config, jax.device_count())
     tokenizer = make_tokenizer(config.data)
-    before = begun(run_dir, tokenizer)
-    config = replace(config, model=_with_vocabulary(config.model, tokenizer))
+    past = find_past(run_dir, tokenizer, fork_from)
+    config = replace(config, model=with_vocabulary(config.model, tokenizer))
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
-    if before:
-        refuse_another_run(before, config, run_dir)
+    changes = (
+        changes_of(past.config, config, past.step, read_rollbacks(past.run_dir)) if past else []
+    )
+    refuse_changes(changes, past, allowed)
+    if past and past.forks and past.step >= config.steps:
+        raise ConfigError(
+            f"steps = {config.steps:,}, but the fork begins after step {past.step:,}: give more"
+        )
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
-    train_rows, valid_splits = load_rows(config, tokenizer)
+    with events.spent.of("data_preparation"):
+        train_rows, valid_splits = load_rows(config, tokenizer)
+    data = data_of(train_rows, valid_splits)
+    other_data = data_changes(past.run_dir, data) if past else []
+    refuse_changes(other_data, past, allowed, what="data")
     check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
-    events = Events(run_dir, jax.process_index())
+    if first and past and past.forks:
+        begin_fork(run_dir, past)
     with Checkpoints(
-        run_dir, keep_last=config.keep_last, keep_every=config.keep_every
+        run_dir,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        retries=config.guard.save_retries,
+        backoff=config.guard.save_backoff,
+        events=events,
     ) as checkpoints:
-        start = checkpoints.latest() or 0
-        exclusions = _take_up(run_dir, start)
-        train_rows = exclude(train_rows, exclusions)
+        start = checkpoints.latest_valid()
+        if start is None:
+            start = past.step if past else 0
+        exclusions = take_up(run_dir, start)
+        rollbacks = read_rollbacks(run_dir)
+        train_rows = pass_over(exclude(train_rows, exclusions), rollbacks)
+        events.start(start, **versions(config, mesh))
+        write_changes(events if first else Events(None), start, changes, other_data, past)
         if first:
+            keep_past(run_dir, config, start, data)
             save_run(run_dir, config, tokenizer)
             if exclusions:
                 write_exclusions(run_dir, exclusions)
@@ -105,163 +230,44 @@ def fit(config: Config, run_dir: Path) -> TrainState:
             tensorboard=config.tensorboard,
             enabled=first,
         ) as log:
-            log.say(_describe(config, mesh, reason, train_rows, valid_splits))
+            log.say(describe(config, mesh, reason, train_rows, valid_splits))
             if exclusions:
-                log.say(f"left out   {_left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
-            run = _Run(config, mesh, tokenizer, valid_splits, checkpoints, log, events)
-            if start < config.steps:
-                with ThreadPoolExecutor(1, "compile") as thread:
-                    compiling = thread.submit(run.compile)
-                    state = run.start()  # meanwhile
-                    step_fn = compiling.result()
-                state = run.train(state, start, train_rows, step_fn)
-            else:
-                state = run.start()
-            run.finish(state, run_dir)
-    return state
-
-
-def _with_vocabulary(model: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
-    """The model with a vocabulary that holds the tokenizer's."""
-    size = model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {size:,}, but the tokenizer has {tokenizer.vocab_size:,} ids: "
-            "give as many or more, or None to take the tokenizer's"
-        )
-    return replace(model, vocab_size=size)
-
-
-def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Rows]]:
-    """The rows for training, and for validation those of each store that holds some out, by its
-    name in a mixture or by "".
-
-    Process 0 builds the stores that are not there yet; the others wait.
-
-    Raises:
-      DataError: for text or stores that cannot be used.
-    """
-    if jax.process_index() == 0:
-        stores = _load_stores(config, tokenizer, progress=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("stores are built")
-    if jax.process_index() > 0:
-        stores = _load_stores(config, tokenizer, progress=False)
-
-    order = {
-        "context_size": config.model.context_size,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "pad": tokenizer.pad,
-        "end": tokenizer.end,
-    }
-    data = config.data
-    if data.mixture:
-        members = [
-            Member(
-                store=stores[one.name][0],
-                name=one.name,
-                weight=one.weight,
-                weights=one.weights,
-                max_epochs=min(filter(None, (one.max_epochs, data.max_epochs)), default=None),
+                log.say(f"left out   {left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
+            if changes:
+                log.say(told(changes, past, config))
+            for change in other_data:
+                log.say(f"--- changed since step {past.step:,}: {change}")
+            run = _Run(
+                config,
+                mesh,
+                tokenizer,
+                train_rows,
+                valid_splits,
+                checkpoints,
+                log,
+                events,
+                stop,
+                watchdog,
+                run_dir,
+                rollbacks,
+                past.ancestry[0] if past and past.ancestry else None,
             )
-            for one in data.mixture
-        ]
-    else:
-        ((train, _),) = stores.values()
-        members = [Member(store=train, max_epochs=data.max_epochs)]
-    valid = {
-        name: Rows(members=(Member(store=held_out, name=name),), shuffle=False, once=True, **order)
-        for name, (_, held_out) in stores.items()
-        if held_out
-    }
-    return Rows(members=tuple(members), shuffle=data.shuffle, skip=data.skip, **order), valid
-
-
-def _load_stores(
-    config: Config, tokenizer: Tokenizer, *, progress: bool
-) -> dict[str, tuple[Store, Store | None]]:
-    """The stores for training and validation: of each store of a mixture by its name, or of the one
-    that there is by "".
-    """
-    data = config.data
-    # A batch is not of one store alone in a mixture, so that need not fill it.
-    batch_size = 1 if data.mixture else config.batch_size
-
-    def accept(split: str, num_tokens: int) -> None:
-        check_rows(num_tokens, config.model.context_size, batch_size, split)
-
-    load = functools.partial(load_corpus, tokenizer=tokenizer, accept=accept, progress=progress)
-    if not data.mixture:
-        return {"": load(data)}
-    stores = {}
-    for one in data.mixture:
-        own = {name: getattr(one, name) for name in ("path", "exclude", "valid_path", "holdout")}
-        try:
-            stores[one.name] = load(replace(data, mixture=(), **own))
-        except DataError as error:
-            raise DataError(f"data.mixture, {one.name}: {error}") from error
-    return stores
-
-
-def _take_up(run_dir: Path, start: int) -> tuple[Exclusion, ...]:
-    """What the run leaves out, which goes on from a step: what was recorded since it was last
-    started has not been in effect before.
-
-    Raises:
-      DataError: if the record cannot be read, or the processes read different ones.
-    """
-    exclusions = tuple(
-        one if one.taken_up else replace(one, taken_up=True, from_step=start)
-        for one in read_exclusions(run_dir)
-    )
-    if jax.process_count() > 1:
-        digest = np.uint32(zlib.crc32(repr(exclusions).encode()))
-        if len(set(multihost_utils.process_allgather(digest).tolist())) > 1:
-            raise DataError(f"{run_dir}: skipped.json changed just as the run started; start again")
-    return exclusions
-
-
-def _left_out(exclusions: tuple[Exclusion, ...]) -> str:
-    num_tokens = sum(one.stop - one.start for one in exclusions)
-    return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
-
-
-def _describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: dict[str, Rows]) -> str:
-    """What is about to run, in a few lines."""
-    device = mesh.devices.flat[0]
-    model, _ = resolve(config.model, device.platform)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model, mesh)))
-    axes = (
-        " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        or "one device"
-    )
-    steps = f"{config.steps:,} steps of {config.batch_size * model.context_size:,} tokens"
-    read = train.rows_read(config.steps)
-    stores = []
-    for i, member in enumerate(train.members):
-        name = member.name if config.data.mixture else ""
-        held_out = f"{valid[name].num_tokens[0]:,}" if name in valid else "none"
-        epochs = read[i] / train.epoch_rows[i]
-        stores.append(
-            f"{member.store.num_tokens:,} tokens ({held_out} held out), {epochs:.2f} epochs"
-        )
-    if config.data.mixture:
-        shares = [f"{count / read.sum():.1%}" for count in read]
-        width = max(len(member.name) for member in train.members)
-        lines = [
-            f"           {member.name:{width}}  {share:>6} of the rows, {store}"
-            for member, share, store in zip(train.members, shares, stores, strict=True)
-        ]
-        data = "\n".join([f"a mixture, in {steps}", *lines])
-    else:
-        data = f"{stores[0]} in {steps}"
-    return (
-        f"model      {num_params:,} parameters, {model.compute_dtype} compute, "
-        f"attention {model.attention} ({reason})\n"
-        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
-        f"data       {data}"
-    )
+            with watchdog.telling():
+                if start < config.steps:
+                    with watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
+                        compiling = thread.submit(run.compile)
+                        state = run.start(start)  # meanwhile
+                        with events.spent.of("compile"):
+                            step_fn = compiling.result()
+                    run.evaluate_late(state.params, start)
+                    state = run.train_back_and_forth(state, start, step_fn)
+                else:
+                    with watchdog.phase("start"):
+                        state = run.start(start)
+                    run.evaluate_late(state.params, start)
+                stop.all_is_saved()
+                run.finish(state, run_dir)
+    return state
 
 
 @dataclasses.dataclass
@@ -271,105 +277,297 @@ class _Run:
     config: Config
     mesh: Mesh
     tokenizer: Tokenizer
+    rows: Rows
     valid_splits: dict[str, Rows]
     checkpoints: Checkpoints
     log: Log
     events: Events
+    stop: Stop
+    watchdog: Watchdog
+    run_dir: Path
+    rollbacks: tuple[Rollback, ...]
+    origin: Origin | None  # of a fork
+    comparer: Comparer | None = None  # of the state's copies; None: there are none to compare
 
     def compile(self) -> Callable:
-        """The step, compiled."""
+        """The step, compiled; and what saving and the comparison of copies need."""
         at("compile")
         with self.events.phase("compile"):
+            state = abstract_state(self.config, self.mesh)
+            self.checkpoints.prepare(state)
+            if self.config.guard.cross_check_every:
+                self.comparer = make_comparer(state, self.mesh)
             return compile_train_step(self.config, self.mesh)
 
-    def start(self) -> TrainState:
-        """The state of the newest checkpoint, or a fresh one."""
-        if self.checkpoints.latest() is not None:
+    def start(self, step: int) -> TrainState:
+        """The state of the checkpoint of a step, that which a fork begins with, or a fresh one."""
+        if step in self.checkpoints.steps():
             at("restore")
-            state = self.checkpoints.restore(abstract_state(self.config, self.mesh))
-            self.log.say(f"resumed    from step {self.checkpoints.latest():,}")
+            with self.events.phase("restore"):
+                state = self.checkpoints.restore(abstract_state(self.config, self.mesh), step)
+            self.log.say(f"resumed    from step {step:,}")
             return state
-        return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
+        if self.origin:
+            self.log.say(f"fork       of {self.origin.run} at step {self.origin.step:,}")
+            with self.events.phase("restore"):
+                like = abstract_state(self.config, self.mesh)
+                state = Checkpoints(self.origin.run).restore(like, self.origin.step)
+            with self.events.spent.of("checkpoint"):  # from now on the origin may go
+                self.checkpoints.save(self.origin.step, state, wait=True)
+            return state
+        with self.events.phase("initialise"):
+            return jit_init_state(self.config, self.mesh)(jax.random.key(self.config.seed))
 
-    def train(self, state: TrainState, start: int, rows: Rows, step_fn: Callable) -> TrainState:
+    def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
+        """All steps from `start` on, and those after each rollback."""
+        while True:
+            try:
+                return self.train(state, start, step_fn)
+            except _GoBackError as error:
+                step, skipped = error.step, error.skipped
+            del state  # the memory of the next one
+            start = self.roll_back(step, skipped)
+            state = self.start(start)
+
+    def roll_back(self, step: int, skipped: int) -> int:
+        """Record that the batches of the skipped updates up to a step are passed over, and forget
+        what follows the newest checkpoint; its step. All processes do the same.
+
+        Raises:
+          DivergenceError: if the run has gone back as often as it may.
+        """
+        safe = self.tell_safe()
+        start = self.checkpoints.latest_valid() or 0
+        if len(self.rollbacks) >= self.config.guard.max_rollbacks:
+            raise DivergenceError(
+                f"the updates of {skipped} steps in a row were skipped, up to step {step:,}, and "
+                f"the run has gone back {len(self.rollbacks)} times; {safe}: lower "
+                "optimizer.learning_rate, look at the data with `gptjax data`, or give a larger "
+                "guard.max_rollbacks"
+            )
+        first = max(step - skipped, start)  # counted from 0; what is saved has passed them already
+        batches = [self.rows.batch_number(one) + 1 for one in (first, step - 1)]
+        rollback = Rollback(first=batches[0], last=batches[1], step=step, to_step=start)
+        self.rollbacks += (rollback,)
+        self.rows = pass_over(self.rows, [rollback])
+        self.events.progress()
+        if jax.process_index() == 0:
+            write_rollbacks(self.run_dir, self.rollbacks)
+            self.events.write("rollback", **dataclasses.asdict(rollback))
+        self.events.step = start
+        self.log.rewind(start + 1)
+        self.log.say(
+            f"rollback   from step {step:,} to step {start:,}, past batches {batches[0]:,} to "
+            f"{batches[1]:,}, as {self.run_dir / 'rollbacks.json'} lists"
+        )
+        return start
+
+    def train(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on. Metrics of a step are fetched once the next is dispatched, so
         no device waits.
         """
-        config, log = self.config, self.log
+        config, log, rows = self.config, self.log, self.rows
         which = local_rows(self.mesh, config.batch_size)
 
         def make(step: int) -> Batch:
-            at("batch_read")
-            return to_devices(self.mesh, batch_at(step, rows, which=which), config.batch_size)
+            batch = batch_at(step, rows, which=which)
+            if at("batch_read"):
+                batch = batch._replace(weights_BT=np.full_like(batch.weights_BT, np.nan))
+            return to_devices(self.mesh, batch, config.batch_size)
 
-        clock = _Clock(config, self.mesh)
+        clock = Clock(config, self.mesh)
+        ahead, request = config.data.prefetch, self.stop.request
+        step, waiting, owed, began = start, None, False, time.perf_counter()
         with (
-            _stop_requests() as stop_requested,
-            closing(prefetch(make, start, config.steps, config.data.prefetch)) as batches,
+            self.events.spent.of("train"),
+            self.watchdog.phase("step"),
+            DeviceWatch() as watch,
+            closing(prefetch(make, start, config.steps, ahead, request)) as batches,
         ):
-            waiting = None
-            for step, batch in enumerate(batches, start=start + 1):
+            for batch in self.awaited(batches, watch):
+                if not self.stop.begin():
+                    break
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
+                step += 1
+                self.events.step = step
+                watch.given(metrics)
                 at("step_end")
                 if waiting:
                     self.record(*waiting, clock)
-                waiting = (step, metrics)
+                    if step == start + 2:
+                        self.events.write("first_step", seconds=time.perf_counter() - began)
                 log.advance(step)
-                stop = stop_requested(step)
                 last = step == config.steps
                 evaluates = self.valid_splits and (last or _due(step, config.eval_every))
-                saves = stop or last or _due(step, config.save_every)
+                owed |= self.checkpoints.due_again(step) or _due(step, config.save_every)
+                saves = owed or last
+                compares = self.comparer and _due(step, config.guard.cross_check_every)
+                waiting = (step, metrics, self.comparer.compare(state) if compares else None)
                 if evaluates or saves:  # before the next step takes the state's memory
-                    self.record(*waiting, clock, state.params if evaluates else None)
+                    taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
-                    if saves:
-                        self.checkpoints.save(step, state)
+                    self.events.progress()  # so that is known what steps up to here took
+                    # While updates are skipped the newest checkpoint stays one from before.
+                    if owed and taken and not last:  # the last one is waited for, below
+                        self.save(step, state)
+                        owed = False
                     clock.restart(step)
-                self.checkpoints.poll()
-                if stop and step < config.steps:
-                    self.checkpoints.wait()
-                    raise Interrupted(
-                        f"by a signal after step {step:,}, which is saved: the same command goes on"
-                    )
-        self.checkpoints.wait()
+            if waiting:
+                self.record(*waiting, clock)
+            if step > start:
+                self.save(step, state, wait=True)
+        if step < config.steps:
+            raise Interrupted(
+                f"by {self.stop.asked} after step {step:,}, which is saved: "
+                "the same command goes on"
+            )
         return state
 
+    def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+        """Begin to save a state whose copies are the same, or wait until it is done."""
+        if self.comparer:
+            self.refuse_differences(step, self.comparer.compare(state))
+        with self.watchdog.phase("save"), self.events.spent.of("checkpoint"):
+            self.checkpoints.save(step, state, wait=wait)
+
+    def awaited(self, batches: Iterator[Batch], watch: DeviceWatch) -> Iterator[Batch]:
+        """The batches. The time in which the devices have no step to compute, because none is
+        there, is data wait; while they compute it is not.
+        """
+        spent = self.events.spent
+        while True:
+            before = time.perf_counter()
+            with spent.of("data_wait"):
+                batch = next(batches, None)
+                busy = watch.done_at(time.perf_counter()) - before
+            spent.move(max(busy, 0.0), "data_wait", "train")
+            if batch is None:
+                return
+            yield batch
+
     def record(
-        self, step: int, metrics: dict, clock: "_Clock", evaluated: Params | None = None
-    ) -> None:
+        self,
+        step: int,
+        metrics: dict,
+        comparison: Comparison | None,
+        clock: Clock,
+        evaluated: Params | None = None,
+    ) -> bool:
         """Log a step if it is due, with the loss on the validation split if given parameters.
 
+        Returns:
+          whether its update was taken.
         Raises:
           DivergenceError: if too many updates were skipped in a row.
+          ReplicaError: if the copies of the state differ.
         """
         metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        if metrics["train/skipped"] >= self.config.guard.max_nonfinite:
-            raise DivergenceError(
-                f"the loss or its gradient was not finite for {metrics['train/skipped']} steps "
-                f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
-                "warm-up, or go on from an earlier checkpoint"
-            )
+        if comparison:
+            self.refuse_differences(step, comparison)
+        taken = not metrics["train/skipped"]
+        if not taken:
+            self.tell_skipped(step, metrics)
         ends = step in (1, self.config.steps)
         if evaluated is not None or ends or _due(step, self.config.log_every):
             metrics |= clock.read(step)
             if evaluated is not None:
-                metrics |= self.evaluate(evaluated)
+                metrics |= self.evaluate(evaluated) or {}
             self.log.write(step, metrics)
+        return taken
+
+    def refuse_differences(self, step: int, comparison: Comparison) -> None:
+        """Stop the run if the copies of its state differ, before any of them is saved."""
+        found = differences(comparison, self.comparer)
+        if found:
+            more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ReplicaError(
+                f"the copies of the state on different devices differ after step {step:,}: "
+                f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
+                f"Nothing of it is saved, and {self.tell_safe()}: the same command goes on, better "
+                "without that device; --guard.cross-check-every None compares no more"
+            )
+
+    def tell_safe(self) -> str:
+        """Which checkpoint is from before what went wrong, once what is being saved is saved."""
+        self.checkpoints.wait()
+        step = self.checkpoints.latest()
+        if step is None:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint, of step {step:,}, is from before"
+
+    def tell_skipped(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell that an update was skipped, and of which batch; go back, or stop, if it is one too
+        many.
+        """
+        guard, skipped = self.config.guard, metrics["train/skipped"]
+        loss, grad_norm = metrics["train/loss"], metrics["train/grad_norm"]
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        batch = self.rows.batch_number(step - 1) + 1
+        if jax.process_index() == 0:
+            self.events.write(
+                "spike" if finite else "skipped_update",
+                step=step,
+                batch=batch,
+                batch_hash=metrics["data/batch_hash"],
+                loss=loss if math.isfinite(loss) else None,
+                grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+                in_a_row=skipped,
+            )
+        what = "far above the last ones" if finite else "not finite"
+        self.log.say(
+            f"skipped    the update of step {step:,}, batch {batch:,}: loss {loss:.4g}, norm of "
+            f"the gradient {grad_norm:.4g}, {what}"
+        )
+        if guard.rollback_after and skipped >= guard.rollback_after:
+            raise _GoBackError(step, skipped)
+        if skipped - metrics["train/spikes"] >= guard.max_nonfinite:
+            raise DivergenceError(
+                f"the loss or its gradient was not finite for {skipped} steps "
+                f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
+                f"warm-up, or go on from an earlier checkpoint; {self.tell_safe()}"
+            )
+
+    def evaluate_late(self, params: Params, step: int) -> None:
+        """Evaluate the step that the run begins with, if it was stopped while it did that."""
+        if not self.valid_splits or not (
+            step == self.config.steps or _due(step, self.config.eval_every)
+        ):
+            return
+        lines = read_metrics(self.run_dir) if jax.process_index() == 0 else []
+        owed = any(line["step"] == step and "eval/loss" not in line for line in lines)
+        if jax.process_count() > 1:
+            owed = bool(multihost_utils.broadcast_one_to_all(np.array(owed)))
+        if owed and (figures := self.evaluate(params)):
+            self.log.amend(step, figures)
 
     @functools.cached_property
     def eval_step(self) -> Callable:
         return jit_eval_step(self.config, self.mesh, self.tokenizer.bytes_per_token)
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """The loss on the validation split, or on as much of it as the config says."""
+    def evaluate(self, params: Params) -> dict[str, float] | None:
+        """The loss on the validation split, or on as much of it as the config says; None if the run
+        is to stop.
+        """
         at("evaluate")
-        splits, most = self.valid_splits, self.config.eval_batches
-        return evaluate(params, splits, self.eval_step, self.mesh, max_batches=most)
+        with (
+            self.watchdog.phase("evaluate"),
+            self.events.phase("evaluation", step=self.events.step),
+        ):
+            return evaluate(
+                params,
+                self.valid_splits,
+                self.eval_step,
+                self.mesh,
+                max_batches=self.config.eval_batches,
+                begin=self.stop.begin,
+                request=self.stop.request,
+            )
 
     def finish(self, state: TrainState, run_dir: Path) -> None:
         """Say what came of it: a sample, the last figures, and where everything lies."""
         config, sample = self.config, self.config.sample
+        at("sample")
         if sample.max_tokens:
             prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
             sampling = Sampling(
@@ -380,97 +578,13 @@ class _Run:
             )
             key = jax.random.key(config.seed)
             end = self.tokenizer.end
-            (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
+            with self.events.phase("sample"):
+                (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
             text = sample.prompt + self.tokenizer.decode(tokens)
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
-            self.log.say(_summary(read_metrics(run_dir), run_dir))
-
-
-def _summary(lines: list[dict[str, float]], run_dir: Path) -> str:
-    """The figures of a finished run, and its folders."""
-    evaluation = next((line for line in reversed(lines) if "eval/loss" in line), None)
-    speeds = [line["perf/tokens_per_second"] for line in lines if "perf/tokens_per_second" in line]
-    figures = []
-    if evaluation:
-        figures.append(
-            f"result     validation loss {evaluation['eval/loss']:.4f} nats per token, "
-            f"{evaluation['eval/bits_per_byte']:.4f} bits per byte, at step {evaluation['step']:,}"
-        )
-        names = [name.split("/")[1] for name in evaluation if re.fullmatch("eval/.+/loss", name)]
-        figures += [
-            f"           {evaluation[f'eval/{name}/loss']:.4f} nats per token, "
-            f"{evaluation[f'eval/{name}/bits_per_byte']:.4f} bits per byte: {name}"
-            for name in names
-        ]
-    if speeds:
-        figures.append(f"speed      {statistics.median(speeds):,.0f} tokens per second")
-    return "\n".join(
-        [
-            *figures,
-            f"run        {run_dir}: config.json, metrics.jsonl, checkpoints/, tokenizer/",
-            f"next       gptjax generate {run_dir} --prompt TEXT",
-        ]
-    )
+            self.log.say(summary(read_metrics(run_dir), run_dir))
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-class _Clock:
-    """Speed since the last reading, without evaluations, checkpoints, and the first step, which
-    compiles.
-    """
-
-    def __init__(self, config: Config, mesh: Mesh):
-        self.tokens = config.batch_size * config.model.context_size
-        dtype = resolve(config.model, mesh.devices.flat[0].platform)[0].compute_dtype
-        peak = peak_flops(mesh.devices.flat[0], dtype)
-        # Tokens a second that the devices could reach.
-        self.most = None if peak is None else peak * mesh.size / flops_per_token(config.model)
-        self.step, self.time = None, 0.0
-
-    def restart(self, step: int) -> None:
-        self.step, self.time = step, time.perf_counter()
-
-    def read(self, step: int) -> dict[str, float]:
-        """The speed from the last reading to the end of `step`, which has just been fetched;
-        nothing at first.
-        """
-        before, since = self.step, self.time
-        self.restart(step)
-        if before is None or step == before:
-            return {}
-        seconds = (self.time - since) / (step - before)
-        speed = {"perf/step_seconds": seconds, "perf/tokens_per_second": self.tokens / seconds}
-        return speed | ({"perf/mfu": self.tokens / seconds / self.most} if self.most else {})
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """A function of the step: whether the run should stop after it, as SIGTERM and SIGINT ask. A
-    second signal ends at once.
-
-    With several processes, jax.distributed watches for SIGTERM in each, and all learn to stop after
-    the same step.
-    """
-    asked = False
-
-    def ask(number: int, _: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def forward(_number: int, _: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
-
-    together = jax.process_count() > 1
-    handlers = {signal.SIGINT: forward} if together else {signal.SIGTERM: ask, signal.SIGINT: ask}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield multihost_utils.reached_preemption_sync_point if together else lambda _: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -19,11 +19,12 @@ from conftest import REPOSITORY
 from gptjax import cli
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, DataConfig, GPTConfig
-from gptjax.rundir import CheckpointError, save_run
+from gptjax.rundir import BusyError, CheckpointError, save_run
 from gptjax.sources import DataError
 from gptjax.step import init_state
+from gptjax.stop import Interrupted
 from gptjax.tokenizer import ByteTokenizer
-from gptjax.train import DivergenceError, Interrupted
+from gptjax.train import DivergenceError
 
 # Runs the command line, and says at the end whether JAX was imported.
 PROGRAM = """
@@ -155,6 +156,7 @@ def test_bad_arguments(monkeypatch, capsys, arguments, words):
         (DataError("a"), 3, "a"),
         (CheckpointError("a"), 4, "a"),
         (DivergenceError("a"), 5, "a"),
+        (BusyError("a"), 7, "a"),
         (Interrupted("a"), 75, "a"),
         (OSError(errno.ENOSPC, "No space", "run"), 6, "No space -- run -- free some space"),
         (PermissionError(errno.EACCES, "Denied", "run"), 6, "Denied -- run -- give a folder that"),

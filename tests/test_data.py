@@ -17,11 +17,14 @@ from gptjax.data import (
     Batch,
     Excluded,
     Member,
+    Rollback,
     Rows,
     batch_at,
     block_quotas,
     check_epochs,
     check_rows,
+    join_ranges,
+    pass_over,
     permute,
     prefetch,
     windows_at,
@@ -530,3 +533,29 @@ def test_prefetch_closes_at_once():
     items.close()
     assert time.monotonic() - began < 1 and len(made) < 5
     assert not threads()
+
+
+# --- rollbacks ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9))))
+def test_joined_ranges_hold_the_same_numbers_and_none_twice(pairs):
+    ranges = [(first, first + more) for first, more in pairs]
+    joined = join_ranges(ranges)
+    numbers = [n for first, last in joined for n in range(first, last + 1)]
+    assert numbers == sorted({n for first, last in ranges for n in range(first, last + 1)})
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5))), st.integers(0, 40), st.data())
+def test_a_rollback_passes_over_the_batches_of_its_steps_and_no_others(skip, step, data):
+    rows = Rows(
+        members=(), context_size=8, batch_size=5, seed=3, shuffle=True, pad=PAD, end=END,
+        skip=join_ranges((first, first + more) for first, more in skip),
+    )  # fmt: skip
+    first = data.draw(st.integers(0, step))
+    seen = [rows.batch_number(one) + 1 for one in (first, step)]
+    after = pass_over(rows, [Rollback(first=seen[0], last=seen[1], step=step + 1, to_step=first)])
+    numbers = [rows.batch_number(one) for one in range(100)]
+    assert [after.batch_number(one) for one in range(first)] == numbers[:first]
+    later = [after.batch_number(one) for one in range(first, 99 - (step - first))]
+    assert later == numbers[step + 1 :]

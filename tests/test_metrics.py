@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import resource
 import sys
 import termios
 import time
@@ -68,6 +69,38 @@ def test_a_line_is_in_the_file_when_write_returns(tmp_path):
             assert len(read_metrics(tmp_path)) == step
 
 
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_on_a_full_disk_lines_are_lost_and_nothing_else(tmp_path, capsys, tensorboard):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Log(tmp_path, first_step=1, last_step=60, tensorboard=tensorboard) as log:
+        log.write(1, {"train/loss": 1.0})
+        room = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room + 10, before[1]))  # of any file
+        try:
+            for step in range(2, 50):
+                log.write(step, {"train/loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log.write(50, {"train/loss": 2.0})
+    steps = [strict(line)["step"] for line in lines(tmp_path)]
+    assert steps[0] == 1 and steps[-1] == 50 and len(steps) < 10
+    assert capsys.readouterr().err.count("warning    step ") == 1
+
+
+def test_more_is_logged_of_the_last_step(tmp_path):
+    with Log(tmp_path, first_step=1, last_step=3) as log:
+        for step in (1, 2):
+            log.write(step, {"train/loss": math.nan})
+    with Log(tmp_path, first_step=3, last_step=3) as log:
+        log.amend(2, {"eval/loss": 0.5})
+        log.write(3, {"train/loss": 1.0})
+    assert [strict(line) for line in lines(tmp_path)] == [
+        {"step": 1, "train/loss": None},
+        {"step": 2, "train/loss": None, "eval/loss": 0.5},
+        {"step": 3, "train/loss": 1.0},
+    ]
+
+
 @pytest.mark.parametrize("torn", ["", '{"step": 7, "train/lo', "{"])
 def test_after_a_resume_no_step_stands_twice(tmp_path, torn):
     with Log(tmp_path, first_step=1, last_step=10) as log:
@@ -85,6 +118,16 @@ def test_after_a_resume_no_step_stands_twice(tmp_path, torn):
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 11))
     with Log(tmp_path, first_step=1, last_step=10):
         assert lines(tmp_path) == []
+
+
+def test_after_a_rollback_no_step_stands_twice(tmp_path):
+    with Log(tmp_path, first_step=1, last_step=6) as log:
+        for step in range(1, 6):
+            log.write(step, {"train/loss": step})
+        log.rewind(4)
+        for step in range(4, 7):
+            log.write(step, {"train/loss": 10 * step})
+    assert [line["train/loss"] for line in read_metrics(tmp_path)] == [1, 2, 3, 40, 50, 60]
 
 
 def test_a_step_is_written_once(tmp_path):

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import ConfigError, DataConfig
+from gptjax.message import from_text, to_text
 from gptjax.sources import PIECE_BYTES, DataError, find_sources, records_of
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs gptjax[parquet]")
@@ -179,7 +179,7 @@ def test_a_source_gives_its_texts(made):
     source, texts = made
     assert read(source) == texts
     assert [record.size for record in source.records()] == list(map(len, texts))
-    assert read(pickle.loads(pickle.dumps(source))) == texts
+    assert read(from_text(to_text(source))) == texts
 
 
 def test_reading_begins_at_any_record(made):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import pickle
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Library
 
 from gptjax.config import ConfigError, DataConfig
+from gptjax.message import from_text, to_text
 from gptjax.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -327,8 +327,8 @@ def test_what_is_spelled_like_a_special_token_is_text(tokenizers):
     assert len(added) == 3  # an added token that is not special is one
 
 
-def test_pickled_is_the_same(each):
-    again = pickle.loads(pickle.dumps(each))
+def test_as_text_and_back_it_is_the_same(each):
+    again = from_text(to_text(each))
     assert (again.fingerprint, again.vocab_size) == (each.fingerprint, each.vocab_size)
     assert again.encode(TEXT).tolist() == each.encode(TEXT).tolist()
 

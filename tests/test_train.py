@@ -3,112 +3,37 @@ with.
 """
 
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
-import jax
-import numpy as np
 import pytest
+from launch import (
+    assert_same,
+    figures,
+    finish,
+    in_processes,
+    make_folder,
+    start,
+    start_processes,
+    wait_for_step,
+)
 from small import PLAIN
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, DataConfig, MeshConfig, OptimizerConfig, SampleConfig
+from gptjax.config import Config, DataConfig, OptimizerConfig, SampleConfig
 from gptjax.metrics import read_metrics
-from gptjax.model import abstract_params
 from gptjax.rundir import CheckpointError, read_run, save_run
-from gptjax.sharding import make_mesh
 from gptjax.sources import DataError
 from gptjax.tokenizer import make_tokenizer, train_sentencepiece
 from gptjax.train import DivergenceError, fit
 
-EXPERIMENT = """
-from gptjax import *
-
-def config():
-    return Config(
-        model=GPTConfig(context_size=32, num_layers=2, width=32, num_heads=4),
-        data=DataConfig(path=("text.txt",)),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        sample=SampleConfig(max_tokens=8),
-        steps=12, batch_size=8, log_every=1, eval_every=6, save_every=4, tensorboard=False,
-    )
-"""
-MAIN = "import sys; from gptjax.cli import main; sys.exit(main())"
 STEPS = 12
-SAME = ("train/loss", "train/grad_norm", "eval/loss", "data/batch_hash")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefgh"), size)) for size in rng.integers(1, 8, 50)]
-    (folder / "text.txt").write_text(" ".join(rng.choice(words, 4000)))
-    (folder / "run.py").write_text(EXPERIMENT)
-    return folder
-
-
-def start(folder, run, *options, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "-c", MAIN, "train", "run.py", "--run-dir", run, *options],
-        cwd=folder,
-        env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
-
-
-def wait_for_step(folder, run, step, process):
-    """Until the run has logged the step."""
-    path = folder / run / "metrics.jsonl"
-    while not (path.exists() and f'"step": {step},' in path.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-
-
-def in_processes(folder, run, count, *options, code=0):
-    """The command in so many processes with a device each, to their end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
-    processes = [
-        start(folder, run, *options, *launch, "--process-id", str(i)) for i in range(count)
-    ]
-    return [finish(process, code) for process in processes]
-
-
-def figures(folder, run):
-    """What must be the same in every run, by step; and that no step stands twice."""
-    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").open()]
-    steps = [line["step"] for line in lines]
-    assert steps == sorted(set(steps))
-    return {line["step"]: {name: line.get(name) for name in SAME} for line in lines}
-
-
-def params_of(folder, run):
-    config, _ = read_run(folder / run)
-    like = abstract_params(config.model, make_mesh(MeshConfig(), jax.devices()[:1]))
-    return jax.device_get(Checkpoints(folder / run).restore_params(like, config.steps))
-
-
-def assert_same(folder, run, other):
-    assert figures(folder, run) == figures(folder, other)
-    jax.tree.map(np.testing.assert_array_equal, params_of(folder, run), params_of(folder, other))
+    return make_folder(tmp_path_factory.mktemp("runs"))
 
 
 def assert_near(folder, run, other):
@@ -184,17 +109,41 @@ def test_a_run_goes_on_with_another_mesh_and_with_two_processes(folder, whole):
 @pytest.mark.slow
 def test_all_processes_save_the_same_step_when_one_is_told_to_stop(folder, whole):
     run = "one-of-two"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
     steps = ["--steps", "4000", "--save-every", "4000", "--eval-every", "4000"]
-    both = [start(folder, run, *steps, *launch, str(i)) for i in range(2)]
+    both = start_processes(folder, run, 2, *steps)
     wait_for_step(folder, run, 5, both[0])
     both[1].send_signal(signal.SIGTERM)
     for process in both:
         finish(process, 75)
     assert Checkpoints(folder / run).latest() == max(figures(folder, run)) > 5
+
+
+@pytest.mark.slow
+def test_a_fault_in_one_process_is_skipped_by_both_and_both_go_back(folder, monkeypatch):
+    """Which then are as if they had never seen those batches."""
+    options = ["--guard.rollback-after", "2", "--mesh.data", "2"]
+    both = start_processes(
+        folder, "back", 2, *options, faults=("", "batch_read:nan@3,batch_read:nan@6-7")
+    )
+    for process in both:
+        finish(process)
+    (went_back,) = json.loads((folder / "back" / "rollbacks.json").read_text())
+    assert went_back == {"first": 6, "last": 7, "step": 7, "to_step": 4}
+    log = (folder / "back" / "events.jsonl").read_text()
+    assert log.count('"skipped_update"') == 3 and log.count('"rollback"') == 1
+    monkeypatch.setenv("GPTJAX_FAULT", "batch_read:nan@3")
+    in_processes(folder, "never", 2, *options, "--data.skip", "6", "7")
+    assert_same(folder, "back", "never")
+
+
+@pytest.mark.slow
+def test_the_time_zone_the_locale_and_the_order_of_hashes_change_no_number(
+    folder, whole, monkeypatch
+):
+    for name, value in [("TZ", "Asia/Kathmandu"), ("PYTHONHASHSEED", "7"), ("LC_ALL", "C")]:
+        monkeypatch.setenv(name, value)
+    finish(start(folder, "elsewhere"))
+    assert_same(folder, "elsewhere", whole)
 
 
 # --- mixtures ------------------------------------------------------------------------------------
@@ -288,7 +237,7 @@ def test_a_text_too_short_is_refused_and_nothing_is_written(tmp_path):
 def test_another_config_does_not_go_on_with_a_run(folder, tmp_path):
     fit(small_run(folder), tmp_path)
     lines = read_metrics(tmp_path)
-    with pytest.raises(CheckpointError, match=r"seed was 0 and is now 1.*another --run-dir"):
+    with pytest.raises(CheckpointError, match=r"(?s)seed was 0 and is now 1.*another --run-dir"):
         fit(small_run(folder, seed=1), tmp_path)
     assert read_metrics(tmp_path) == lines
     longer = fit(small_run(folder, steps=5, log_every=1), tmp_path)

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.cli import BUG, explain, parse
+from gptjax.cli import parse
 from gptjax.config import ConfigError, check, load_experiment, refuse
+from gptjax.errors import BUG, explain
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPARED = ("data/batch_hash", "train/loss", "train/grad_norm")
@@ -58,10 +59,10 @@ def train_side(
 
     from gptjax.data import batch_at
     from gptjax.model import resolve
+    from gptjax.rows import load_rows
     from gptjax.sharding import local_rows, make_mesh, to_devices
     from gptjax.step import abstract_state, init_state, jit_train_step, loss_and_grads
     from gptjax.tokenizer import make_tokenizer
-    from gptjax.train import load_rows
 
     tokenizer = make_tokenizer(config.data)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size

@@ -1,11 +1,10 @@
-"""The command line: `gptjax prepare | train | generate | predict | inspect | data | tokenizer`.
+"""The command line: `gptjax VERB ...`, as VERBS lists them.
 
 The only folder that reads arguments. JAX is imported by a verb, after its arguments have passed the
 checks, so `--help` and refusals are quick.
 """
 
 import dataclasses
-import errno
 import logging
 import os
 import signal
@@ -15,17 +14,10 @@ from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
 from gptjax.cli.corpora import Prepare, prepare
+from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
 from gptjax.cli.ledger import Data, data
-from gptjax.cli.runs import (
-    Generate,
-    Inspect,
-    Predict,
-    Train,
-    generate,
-    inspect,
-    predict,
-    train,
-)
+from gptjax.cli.reports import Report, report
+from gptjax.cli.runs import Generate, Predict, Train, generate, predict, train
 from gptjax.cli.tokenizers import (
     EncodeText,
     InspectTokenizer,
@@ -35,32 +27,10 @@ from gptjax.cli.tokenizers import (
     train_tokenizer,
 )
 from gptjax.config import ConfigError, did_you_mean, load_experiment, refuse
+from gptjax.errors import NO_ERRORS, end_process, explain, last_line
 from gptjax.faults import arm
 
-__all__ = ["BUG", "VERBS", "explain", "main", "parse", "run_verb"]
-
-# By name, because their files import JAX, and a bad argument is refused without it.
-EXIT_CODES = {
-    "ConfigError": 2,
-    "DataError": 3,
-    "CheckpointError": 4,
-    "DivergenceError": 5,
-    "OSError": 6,
-    "Interrupted": 75,
-    "KeyboardInterrupt": 130,
-}
-BUG = 1
-STOPPED = (75, 130)  # these are no errors: the user, or the machine, asked for it
-
-# What to do about a failure of the file system, where the operating system's words do not say it.
-REMEDIES = {
-    errno.ENOSPC: "free some space, or give another folder",
-    errno.EDQUOT: "free some space, or give another folder",
-    errno.EROFS: "give a folder that can be written",
-    errno.EACCES: "give a folder that you may read and write",
-    errno.EPERM: "give a folder that you may read and write",
-    errno.EIO: "check the disk",
-}
+__all__ = ["VERBS", "explain", "main", "parse", "run_verb"]
 
 VERBS = {
     "prepare": (prepare, Prepare),
@@ -68,6 +38,8 @@ VERBS = {
     "generate": (generate, Generate),
     "predict": (predict, Predict),
     "inspect": (inspect, Inspect),
+    "prune": (prune, Prune),
+    "report": (report, Report),
     "data": (data, Data),
     "tokenizer train": (train_tokenizer, TrainTokenizer),
     "tokenizer inspect": (inspect_tokenizer, InspectTokenizer),
@@ -102,9 +74,16 @@ def main() -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = explain(error)
-        word = "stopped" if code in STOPPED else "error"
-        print(f"gptjax: {word}[{code}]: {message}", file=sys.stderr)
+        print(last_line(code, message), file=sys.stderr)
+        if code not in NO_ERRORS and _has_peers():  # which the usual exit would wait for
+            end_process(code)
         return code
+
+
+def _has_peers() -> bool:
+    """Whether this is one of several processes."""
+    jax = sys.modules.get("jax")
+    return bool(jax and jax.distributed.is_initialized())
 
 
 def run_verb(arguments: Sequence[str]) -> None:
@@ -143,21 +122,3 @@ def run_verb(arguments: Sequence[str]) -> None:
         )
     refuse(problems)
     run(target, given)
-
-
-def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error, and what the user reads: what failed, where, what to do."""
-    names = (kind.__name__ for kind in type(error).__mro__)
-    code = next((EXIT_CODES[name] for name in names if name in EXIT_CODES), BUG)
-    if isinstance(error, KeyboardInterrupt):
-        return code, "by the keyboard"
-    if isinstance(error, OSError):
-        where = f" -- {error.filename}" if error.filename else ""
-        remedy = REMEDIES.get(error.errno, "check the path")
-        return code, f"{error.strerror or error}{where} -- {remedy}"
-    if code == BUG:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        where = f"{frame.filename}:{frame.lineno}"
-        return code, f"{what} -- {where} -- run again with --debug and report the traceback"
-    return code, str(error)

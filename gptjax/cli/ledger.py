@@ -38,17 +38,27 @@ def data(run_dir: str, given: Data) -> None:
     if not given.blame:
         jax.config.update("jax_platforms", "cpu")
     from gptjax.checkpoint import Checkpoints
-    from gptjax.data import Batch, batch_at, exclude, passages_at, read_exclusions, write_exclusions
+    from gptjax.data import (
+        Batch,
+        batch_at,
+        exclude,
+        pass_over,
+        passages_at,
+        read_exclusions,
+        read_rollbacks,
+        write_exclusions,
+    )
     from gptjax.evaluate import document_losses
     from gptjax.metrics import read_metrics
+    from gptjax.rows import load_rows
     from gptjax.rundir import read_run
     from gptjax.step import batch_hash
-    from gptjax.train import load_rows
 
     run = Path(run_dir)
     config, tokenizer = read_run(run)
     refuse([*_outside_problems(given, config)])
     rows, held_out = load_rows(config, tokenizer)
+    rows = pass_over(rows, read_rollbacks(run))
     if given.verify:
         for member in [*rows.members, *(split.members[0] for split in held_out.values())]:
             member.store.verify()

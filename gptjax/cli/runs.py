@@ -1,10 +1,10 @@
-"""The verbs of a run: `gptjax train | generate | predict | inspect`."""
+"""The verbs of a run: `gptjax train | generate | predict`."""
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,9 +16,9 @@ from gptjax.config import (
     NotNegative,
     Probability,
     Whole,
-    check,
-    to_json,
 )
+from gptjax.events import process_began
+from gptjax.rundir import refuse_busy
 
 if TYPE_CHECKING:
     from gptjax.config import GPTConfig
@@ -35,6 +35,10 @@ class Train:
     coordinator: str | None = None
     num_processes: Count | None = None  # of the run; with --coordinator
     process_id: Whole | None = None  # of this process, from 0; with --coordinator
+    allow_config_change: bool = False  # go on with another learning rate, dropout, or the like
+    allow_data_change: bool = False  # go on though the text is another than the run began with
+    # RUN@STEP or RUN: begin as that run was after that step, or the latest; --run-dir is a new one
+    fork_from: str | None = None
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -64,23 +68,26 @@ class Predict:
     debug: bool = False  # show the traceback of an error
 
 
-@dataclass(frozen=True)
-class Inspect:
-    """List the steps, the config and the parameters of the run directory RUN."""
-
-    step: Whole | None = None  # of the checkpoint; None: the newest
-    debug: bool = False  # show the traceback of an error
-
-
 def train(experiment: str, given: Train) -> None:
     """Train, on all devices of all processes."""
-    import jax
-
+    run_dir = Path(given.run_dir or Path("runs", given.config.name))
+    refuse_busy(run_dir)
     _join_processes(given)
-    check(given.config, jax.device_count())
+    from gptjax.resume import Allowed, Origin
     from gptjax.train import fit
 
-    fit(given.config, Path(given.run_dir or Path("runs", given.config.name)))
+    fork_from = None
+    if given.fork_from:
+        run, at, step = given.fork_from.rpartition("@")
+        known = bool(at) and step.isdecimal()
+        fork_from = Origin(Path(run), int(step)) if known else Origin(Path(given.fork_from), None)
+    fit(
+        given.config,
+        run_dir,
+        allowed=Allowed(given.allow_config_change, given.allow_data_change),
+        fork_from=fork_from,
+        began=process_began(),
+    )
 
 
 def launch_problems(given: Train) -> Iterator[str]:
@@ -99,22 +106,11 @@ def launch_problems(given: Train) -> Iterator[str]:
 
 
 def _join_processes(given: Train) -> None:
-    """Find the other processes of the run, if there are any.
-
-    A process that dies is missed after 20 seconds instead of JAX's 100, and one that fails lets the
-    others go after 10 instead of 300.
-    """
-    import jax
+    """Find the other processes of the run, if there are any."""
+    from gptjax.watchdog import join_processes
 
     try:
-        jax.distributed.initialize(
-            given.coordinator,
-            given.num_processes,
-            given.process_id,
-            initialization_timeout=120,
-            heartbeat_timeout_seconds=20,
-            shutdown_timeout_seconds=10,
-        )
+        join_processes(given.coordinator, given.num_processes, given.process_id)
     except ValueError as error:
         # JAX's words when it was given no address and sees no cluster: this is the only process.
         if "coordinator_address" not in str(error):
@@ -178,48 +174,6 @@ def token_text(tokenizer: "Tokenizer", token: int) -> str:
         return repr(given.decode())
     except UnicodeDecodeError:  # a part of a character
         return repr(given)
-
-
-def inspect(run_dir: str, given: Inspect) -> None:
-    """Print what a run directory holds, on one CPU whatever wrote it."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    from gptjax.checkpoint import Checkpoints
-    from gptjax.model import param_letters
-    from gptjax.rundir import read_run
-
-    config, _ = read_run(Path(run_dir))
-    checkpoints = Checkpoints(Path(run_dir))
-    print(f"run {run_dir}")
-    print(f"steps {', '.join(map(str, checkpoints.steps())) or 'none yet'}")
-    print(f"config {to_json(config)}", end="")
-    if given.step is None and not checkpoints.steps():
-        return
-    stored = checkpoints.stored(given.step)
-    axes = " x ".join(f"{axis} {size}" for axis, size in stored.mesh.items() if size > 1)
-    print(f"parameters of step {stored.step}, written on {axes or 'one device'}")
-    print(_parameter_table(stored.params, param_letters(config.model)))
-
-
-def _parameter_table(params: Any, letters: Any) -> str:
-    """A line for each parameter: path, letters, shape, dtype, bytes; and their sums."""
-    import jax
-
-    rows, count, size = [("parameter", "letters", "shape", "dtype", "bytes")], 0, 0
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), dimensions in zip(leaves, jax.tree.leaves(letters), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape, nbytes = " x ".join(map(str, leaf.shape)), leaf.size * leaf.dtype.itemsize
-        rows.append((name, dimensions, shape, str(leaf.dtype), f"{nbytes:,}"))
-        count, size = count + leaf.size, size + nbytes
-    rows.append((f"{count:,} parameters", "", "", "", f"{size:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        *words, number = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([*words, number.strip().rjust(widths[-1])]))
-    return "\n".join(lines)
 
 
 def load_model(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "Tokenizer"]:

@@ -24,6 +24,9 @@ class ByteTokenizer:
     fingerprint = hashlib.sha256(b"0 to 255 are bytes, 256 is end, 257 is pad").hexdigest()
     normalises = ()
 
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
     @property
     def bytes_per_token(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)

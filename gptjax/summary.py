@@ -1,0 +1,107 @@
+"""What a run says of itself as it begins and as it ends."""
+
+import hashlib
+import os
+import re
+import socket
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.config import Config, to_json
+from gptjax.data import (
+    Exclusion,
+    Rows,
+)
+from gptjax.model import abstract_params, resolve
+
+
+def describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: dict[str, Rows]) -> str:
+    """What is about to run, in a few lines."""
+    device = mesh.devices.flat[0]
+    model, _ = resolve(config.model, device.platform)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model, mesh)))
+    axes = (
+        " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+        or "one device"
+    )
+    steps = f"{config.steps:,} steps of {config.batch_size * model.context_size:,} tokens"
+    read = train.rows_read(config.steps)
+    stores = []
+    for i, member in enumerate(train.members):
+        name = member.name if config.data.mixture else ""
+        held_out = f"{valid[name].num_tokens[0]:,}" if name in valid else "none"
+        epochs = read[i] / train.epoch_rows[i]
+        stores.append(
+            f"{member.store.num_tokens:,} tokens ({held_out} held out), {epochs:.2f} epochs"
+        )
+    if config.data.mixture:
+        shares = [f"{count / read.sum():.1%}" for count in read]
+        width = max(len(member.name) for member in train.members)
+        lines = [
+            f"           {member.name:{width}}  {share:>6} of the rows, {store}"
+            for member, share, store in zip(train.members, shares, stores, strict=True)
+        ]
+        data = "\n".join([f"a mixture, in {steps}", *lines])
+    else:
+        data = f"{stores[0]} in {steps}"
+    return (
+        f"model      {num_params:,} parameters, {model.compute_dtype} compute, "
+        f"attention {model.attention} ({reason})\n"
+        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
+        f"data       {data}"
+    )
+
+
+def left_out(exclusions: tuple[Exclusion, ...]) -> str:
+    num_tokens = sum(one.stop - one.start for one in exclusions)
+    return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
+
+
+def summary(lines: list[dict[str, float]], run_dir: Path) -> str:
+    """The figures of a finished run, and its folders."""
+    evaluation = next((line for line in reversed(lines) if "eval/loss" in line), None)
+    speeds = [line["perf/tokens_per_second"] for line in lines if "perf/tokens_per_second" in line]
+    figures = []
+    if evaluation:
+        figures.append(
+            f"result     validation loss {evaluation['eval/loss']:.4f} nats per token, "
+            f"{evaluation['eval/bits_per_byte']:.4f} bits per byte, at step {evaluation['step']:,}"
+        )
+        names = [name.split("/")[1] for name in evaluation if re.fullmatch("eval/.+/loss", name)]
+        figures += [
+            f"           {evaluation[f'eval/{name}/loss']:.4f} nats per token, "
+            f"{evaluation[f'eval/{name}/bits_per_byte']:.4f} bits per byte: {name}"
+            for name in names
+        ]
+    if speeds:
+        figures.append(f"speed      {statistics.median(speeds):,.0f} tokens per second")
+    return "\n".join(
+        [
+            *figures,
+            f"run        {run_dir}: config.json, metrics.jsonl, checkpoints/, tokenizer/",
+            f"next       gptjax generate {run_dir} --prompt TEXT",
+        ]
+    )
+
+
+def versions(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What an attempt runs on, for its first event."""
+    device = mesh.devices.flat[0]
+    return {
+        "gptjax": version("gptjax"),
+        "jax": jax.__version__,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "processes": jax.process_count(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "steps": config.steps,
+        "step_tokens": config.batch_size * config.model.context_size,
+        "config": hashlib.sha256(to_json(config).encode()).hexdigest()[:12],
+    }
