@@ -180,6 +180,84 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Labelled data, and what is to be learnt from it.
+
+    A column is named by the header or the key that the files have, or by its number from 1, or from
+    the end by -1; PATH@KEY takes the records of a JSON file from the value of that key.
+    """
+
+    # classify: a class for a text or a pair of texts, or several; entities: a tag for each word;
+    # questions: answers that are passages of a text; pairs: a text to another, as in translation;
+    # dialogue: what the assistant says; choices: the likeliest of some continuations.
+    # None: no task, but text as `data` says
+    kind: Literal["classify", "entities", "questions", "pairs", "dialogue", "choices"] | None = None
+    train: tuple[str, ...] = ()  # files, folders, globs or URLs of labelled examples
+    valid: tuple[str, ...] = ()  # as train, for validation
+    test: tuple[str, ...] = ()  # as train, looked at once, after the last step
+    # of files: auto goes by the ending and else by the task; conll: columns, a word a line, a blank
+    # line after a sentence; parallel: two text files in turn, whose lines belong together
+    file_format: Literal[
+        "auto", "tsv", "csv", "jsonl", "json", "yaml", "parquet", "conll", "parallel"
+    ] = "auto"
+    # whether the first line of TSV and CSV names the columns; auto: unless numbers are given
+    header: Literal["auto", "yes", "no"] = "auto"
+    # error: no record may be wrong; skip: those that are wrong are left out; repair: broken tags
+    # are read as conlleval does, and answers moved to where they are found nearest; what cannot be
+    # repaired is left out. Whatever was wrong is counted and named by line
+    on_bad_example: Literal["error", "skip", "repair"] = "error"
+    # an example that is longer than model.context_size: window: it becomes several, where the task
+    # can put them together again; error, skip: as above
+    too_long: Literal["window", "error", "skip"] = "window"
+    overlap: Whole = 32  # tokens, words or turns that a window shows again, without counting them
+
+    # column of the text; None: "text"; of entities' words the first; of choices "query"
+    text_column: str | None = None
+    second_column: str | None = None  # classify: column of a second text
+    label_column: str | None = None  # column of the label; None: "label"; of tags the last; "gold"
+    labels: tuple[str, ...] = ()  # all there are, in their order; (): those of the training files
+    several: bool = False  # classify: a record has any number of labels
+    label_separator: str = ","  # between several labels in a cell; a list in JSON needs none
+    class_weights: Literal["equal", "balanced"] = "equal"  # balanced: 1 / share of the label
+    separator: str = "\n"  # between a text and the second, a question and its text, and repetitions
+
+    scheme: Literal["iob1", "iob2", "bioes", "io"] = "iob2"  # entities: of the files' tags
+    # entities: between two words; None: a space, but none beside a script that writes without
+    joiner: str | None = None
+    # entities: the sentence is shown twice and tagged the second time, so that every word can see
+    # all of it though attention looks back only
+    repeat: bool = False
+
+    max_answer: Count = 30  # questions: tokens of the longest answer that is looked for
+    answers: Literal["squad1", "squad2", "cmrc"] = "squad1"  # questions: what counts as the same
+
+    source_column: str = "source"  # pairs: column of the given text
+    target_column: str = "target"  # pairs: column of the text to be written
+    bleu_tokens: Literal["13a", "zh", "char", "intl", "none"] = "13a"  # as sacrebleu calls them
+
+    messages_column: str = "messages"  # dialogue: column of the list of messages
+    role_key: str | None = "role"  # dialogue: key of who speaks; None: user and assistant in turn
+    content_key: str = "content"  # dialogue: key of what is said
+    assistant: tuple[str, ...] = ("assistant",)  # dialogue: roles that the model learns to speak
+    system: tuple[str, ...] = ("system",)  # dialogue: roles that set the scene; all others: users
+    # dialogue: a message as text. What the model writes begins after it, and ends with end-of-text
+    turn: str = "{role}:\n{content}"
+
+    choice_columns: tuple[str, ...] = (
+        "choices",
+    )  # choices: column of their list, or a column for each
+
+    # of prompting, and of pairs in training: how an example is shown, with {columns} in it.
+    # None: as the task says
+    template: str | None = None
+    words: tuple[str, ...] = ()  # of prompting: the word for each of the labels; (): the labels
+    shots: Whole = 0  # of prompting: examples of the training files that come before
+    # of prompting: what makes the likeliest choice: the sum of the log-likelihoods of its tokens,
+    # their mean, or by byte; or the sum less that of the choice without the example
+    score: Literal["sum", "token", "byte", "unconditional"] = "sum"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning rate (Loshchilov and Hutter 2019, algorithm 2)."""
 
@@ -266,6 +344,7 @@ class Config:
     name: str = "gpt"  # the run directory is runs/NAME unless --run-dir says otherwise
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -577,6 +656,8 @@ def _guard(config: Config, _: int | None) -> Iterator[str]:
 
 def _data(config: Config, _: int | None) -> Iterator[str]:
     data = config.data
+    if config.task.kind is not None:
+        return
     if not data.path and not data.mixture:
         yield "data.path is empty: give files, folders or globs, as in --data.path text.txt"
     stores = data.mixture or [data]
@@ -587,6 +668,43 @@ def _data(config: Config, _: int | None) -> Iterator[str]:
             f"{each}{section}holdout = 0 and {section}valid_path is empty, so there is nothing to "
             "evaluate on: give one of them, or eval_every None"
         )
+
+
+def _task(config: Config, _: int | None) -> Iterator[str]:
+    task = config.task
+    if task.kind is None:
+        for name in ("train", "valid", "test"):
+            if given := getattr(task, name):
+                yield (
+                    f"task.{name} = {reprlib.repr(given)}, but task.kind is None: give "
+                    "task.kind, such as --task.kind classify"
+                )
+        return
+    if not task.train:
+        yield "task.train is empty: give files of labelled examples, as in --task.train train.tsv"
+    if config.eval_every is not None and not task.valid:
+        yield (
+            "task.valid is empty, so there is nothing to evaluate on: give --task.valid FILE, or "
+            "eval_every None"
+        )
+
+
+def _task_texts(config: Config, _: int | None) -> Iterator[str]:
+    task = config.task
+    if len({*task.labels}) < len(task.labels):
+        yield f"task.labels = {reprlib.repr(task.labels)}: a label is given twice: give each once"
+    if task.words and len(task.words) != len(task.labels):
+        yield (
+            f"task.words has {len(task.words)} words, but task.labels {len(task.labels)} labels: "
+            "give task.labels, and a word for each of them in the same order"
+        )
+    role, content = task.turn.find("{role}"), task.turn.find("{content}")
+    if content < 0 or role > content or task.turn.count("{content}") > 1:
+        yield (
+            f"task.turn = {task.turn!r}: give a text with {{role}} before {{content}}, each once"
+        )
+    if task.file_format == "parallel" and task.kind not in (None, "pairs"):
+        yield f"task.file_format = 'parallel', but task.kind = {task.kind!r}: give task.kind pairs"
 
 
 def _mixture_alone(config: Config, _: int | None) -> Iterator[str]:
@@ -725,6 +843,8 @@ RULES = (
     _schedule,
     _guard,
     _data,
+    _task,
+    _task_texts,
     _mixture_alone,
     _mixture_stores,
     _mixture_weights,
