@@ -78,6 +78,13 @@ class GPTConfig:
     query_bias: bool = True  # in the maps to queries, keys and values, if bias; GPT-Neo has none
     scale_attention: bool = True  # scores are divided by the root of head_size; GPT-Neo's are not
     tied_embedding: bool = True  # the unembedding is the embedding
+    # what is said at each position: lm: the token that follows; label: one of num_labels; labels:
+    # any number of them; span: whether a passage begins or ends there, of all positions of the
+    # segment. A task of classes, entities or questions sets it
+    head: Literal["lm", "label", "labels", "span"] = "lm"
+    num_labels: Count | None = None  # of label and labels; a task sets it
+    # attention also sees what comes after, within the segment; not for lm
+    bidirectional: bool = False
     # share of embeddings, attention outputs and feed-forward outputs set to zero in training
     dropout: Share = 0.0
     # positions that a banded layer sees, its own included; None: no layer is banded
@@ -111,6 +118,7 @@ class GPTConfig:
             "V": _round_up(self.vocab_size, self.vocab_multiple),
             "L": self.num_layers,
             "P": self.context_size,
+            "C": 2 if self.head == "span" else self.num_labels or 0,
         }
 
     @property
@@ -251,6 +259,16 @@ class TaskConfig:
     # None: as the task says
     template: str | None = None
     words: tuple[str, ...] = ()  # of prompting: the word for each of the labels; (): the labels
+    # in training, times that every example is seen, instead of `steps`; None: as `steps` says
+    epochs: Positive | None = None
+    # in training, evaluations without a better figure after which the run ends; None: it goes to
+    # its last step. The best step is kept in any case
+    patience: Count | None = None
+    # of classes: this share of each target is spread over all labels
+    label_smoothing: Share = 0.0
+    # of classes, entities and questions: the loss of the token that follows is added with this
+    # weight, as in GPT-1
+    lm_weight: NotNegative = 0.0
     shots: Whole = 0  # of prompting: examples of the training files that come before
     # of prompting: what makes the likeliest choice: the sum of the log-likelihoods of its tokens,
     # their mean, or by byte; or the sum less that of the choice without the example
@@ -608,6 +626,26 @@ def _rope_scaling(config: Config, _: int | None) -> Iterator[str]:
         )
 
 
+def _head(config: Config, _: int | None) -> Iterator[str]:
+    model, task = config.model, config.task
+    labelled = model.head in ("label", "labels")
+    if labelled and model.num_labels is None and task.kind is None:
+        yield f"model.head = {model.head!r}, but model.num_labels is None: give model.num_labels"
+    if not labelled and model.num_labels is not None:
+        yield (
+            f"model.num_labels = {model.num_labels}, but model.head = {model.head!r}: give "
+            "model.head label or labels, or model.num_labels None"
+        )
+    says_tokens = task.kind in ("pairs", "dialogue", "choices") or (
+        model.head == "lm" and task.kind is None
+    )
+    if model.bidirectional and says_tokens:
+        yield (
+            "model.bidirectional = True, but the token that follows is to be predicted: give "
+            "model.bidirectional False, or a task of kind classify, entities or questions"
+        )
+
+
 def _windows(config: Config, _: int | None) -> Iterator[str]:
     model = config.model
     if model.window is not None:
@@ -686,6 +724,27 @@ def _task(config: Config, _: int | None) -> Iterator[str]:
         yield (
             "task.valid is empty, so there is nothing to evaluate on: give --task.valid FILE, or "
             "eval_every None"
+        )
+
+
+def _task_losses(config: Config, _: int | None) -> Iterator[str]:
+    task, model = config.task, config.model
+    if task.label_smoothing and task.kind not in ("classify", "entities"):
+        yield (
+            f"task.label_smoothing = {task.label_smoothing:g}, but task.kind = {task.kind!r} has no "
+            "labels: give 0, or task.kind classify or entities"
+        )
+    if not task.lm_weight:
+        return
+    if task.kind not in ("classify", "entities", "questions"):
+        yield (
+            f"task.lm_weight = {task.lm_weight:g}, but task.kind = {task.kind!r}: give 0, or "
+            "task.kind classify, entities or questions"
+        )
+    if model.bidirectional or not model.tied_embedding:
+        yield (
+            f"task.lm_weight = {task.lm_weight:g} needs model.bidirectional False and "
+            "model.tied_embedding True: give these, or 0"
         )
 
 
@@ -838,12 +897,14 @@ RULES = (
     _name_is_a_folder,
     _heads,
     _rope_scaling,
+    _head,
     _windows,
     _learning_rates,
     _schedule,
     _guard,
     _data,
     _task,
+    _task_losses,
     _task_texts,
     _mixture_alone,
     _mixture_stores,

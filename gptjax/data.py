@@ -27,6 +27,7 @@ from gptjax.store import DocumentInfo, Store
 
 Item = TypeVar("Item")
 
+WORD_BITS = 31  # labels in one int32 target, of several labels at once
 CLOSE_SECONDS = 5  # that the end of `prefetch` waits for an item which is being made
 
 

@@ -25,6 +25,9 @@ CHOICES = {
     "attention",
     "remat",
     "loss_piece",
+    "head",
+    "num_labels",
+    "bidirectional",
 }
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "*.model")
 

@@ -58,6 +58,7 @@ def flops_per_token(config: GPTConfig) -> float:
     """
     size = config.sizes
     D, N, K, H, F, V, L, T = (size[letter] for letter in "DNKHFVLP")
+    V = V if config.head == "lm" else size["C"]
     block = 2 * D * (N + K) * H + (3 if config.activation == "swiglu" else 2) * D * F
     keys = L / len(config.windows) * sum(min(window or T, T) for window in config.windows)
     return 6 * (L * block + V * D) + 12 * N * H * keys

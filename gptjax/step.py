@@ -117,28 +117,45 @@ def loss_and_grads(
     params: Params, batch: Batch, config: Config, key: jax.Array
 ) -> tuple[jax.Array, Params]:
     """The mean loss of a batch over its weights, and its gradient, computed in `config.accumulate`
-    parts.
+    parts; of a task with an `lm_weight`, so much of the mean loss of the token that follows more.
     """
-    total = batch.weights_BT.sum()
+    task, total = config.task, batch.weights_BT.sum()
     weights_BT = batch.weights_BT / jnp.where(total == 0, 1, total)  # a batch of padding alone: 0
     batch = batch._replace(weights_BT=weights_BT)
+    lm_weights_BT = following_weights(batch) * task.lm_weight if task.lm_weight else None
     part_loss = jax.value_and_grad(
-        lambda params, part, key: weighted_loss(params, part, config.model, key=key)
+        lambda params, part, key: weighted_loss(
+            params,
+            part[0],
+            config.model,
+            key=key,
+            smoothing=task.label_smoothing,
+            lm_weights_BT=part[1],
+        )
     )
+    whole = (batch, lm_weights_BT)
     if config.accumulate == 1:
-        return part_loss(params, batch, key=key)
+        return part_loss(params, whole, key=key)
 
-    def add(total: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
+    def add(total: tuple, part: tuple[Any, jax.Array]) -> tuple[tuple, None]:
         return jax.tree.map(
             jnp.add, total, part_loss(params, part[0], key=jax.random.fold_in(key, part[1]))
         ), None
 
     # A part takes its rows from every device: rows a, a + A, a + 2A, ... so that none moves.
     parts = jax.tree.map(
-        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), whole
     )
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulate)))[0]
+
+
+def following_weights(batch: Batch) -> jax.Array:
+    """Weights that are alike wherever the next token is of the same segment, and 1 together."""
+    segments_BT = batch.segments_BT
+    same_BT = (segments_BT == jnp.roll(segments_BT, -1, axis=1)) & (segments_BT > 0)
+    same_BT = same_BT.at[:, -1].set(False)
+    return same_BT / jnp.maximum(same_BT.sum(), 1)
 
 
 def batch_hash(batch: Batch) -> jax.Array:

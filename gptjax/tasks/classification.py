@@ -9,12 +9,12 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from gptjax.config import TaskConfig, did_you_mean
+from gptjax.data import WORD_BITS
 from gptjax.tasks.metrics import class_figures, label_set_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled, last_line
 from gptjax.tasks.records import Flaw, Record, cell, read_records, text_in
 from gptjax.tasks.task import (
-    WORD_BITS,
     Encoded,
     Prediction,
     Request,

@@ -11,8 +11,6 @@ from gptjax.config import TaskConfig
 from gptjax.tasks.problems import Problems
 from gptjax.tokenizer import Tokenizer
 
-WORD_BITS = 31  # labels in one int32, of several
-
 # What a model says of an example, as a line of JSON has it.
 Prediction = dict[str, Any]
 
