@@ -727,12 +727,28 @@ def _task(config: Config, _: int | None) -> Iterator[str]:
         )
 
 
+def _task_evaluation(config: Config, _: int | None) -> Iterator[str]:
+    task = config.task
+    if task.kind is None:
+        return
+    if config.eval_batches is not None and task.kind in ("classify", "entities", "questions"):
+        yield (
+            f"eval_batches = {config.eval_batches}, but the figures of a task are those of all "
+            "examples: give eval_batches None, and fewer examples in task.valid"
+        )
+    if task.patience is not None and config.eval_every is None:
+        yield (
+            f"task.patience = {task.patience}, but eval_every is None: give eval_every, or "
+            "task.patience None"
+        )
+
+
 def _task_losses(config: Config, _: int | None) -> Iterator[str]:
     task, model = config.task, config.model
     if task.label_smoothing and task.kind not in ("classify", "entities"):
         yield (
-            f"task.label_smoothing = {task.label_smoothing:g}, but task.kind = {task.kind!r} has no "
-            "labels: give 0, or task.kind classify or entities"
+            f"task.label_smoothing = {task.label_smoothing:g}, but task.kind = {task.kind!r} has "
+            "no labels: give 0, or task.kind classify or entities"
         )
     if not task.lm_weight:
         return
@@ -904,6 +920,7 @@ RULES = (
     _guard,
     _data,
     _task,
+    _task_evaluation,
     _task_losses,
     _task_texts,
     _mixture_alone,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config, GPTConfig
-from gptjax.data import Batch, Passage, Rows, batch_at, prefetch
+from gptjax.data import Batch, Passage, Rows, prefetch
 from gptjax.model import Params, abstract_params, resolve, token_losses
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 
@@ -73,7 +73,7 @@ def evaluate(
     totals = {}
     for name, rows in splits.items():
         num_batches = min(max_batches or rows.num_batches, rows.num_batches)
-        make = functools.partial(batch_at, rows=rows, which=local_rows(mesh, rows.batch_size))
+        make = functools.partial(rows.batch_at, which=local_rows(mesh, rows.batch_size))
         sums = []
         with closing(prefetch(make, 0, num_batches, prefetched, request)) as batches:
             for batch in batches:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import ConfigError, DataConfig, GPTConfig, MeshConfig
+from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, MeshConfig
 from gptjax.hf import is_hf, load_hf, read_hf_config
 from gptjax.model import Params, abstract_params
 from gptjax.rundir import CheckpointError, read_run
@@ -76,10 +76,47 @@ def read_model(where: Path) -> tuple[GPTConfig, Tokenizer | None]:
 
 
 def load_params(where: Path, config: GPTConfig, mesh: Mesh, step: int | None = None) -> Params:
-    """The parameters of a run or folder on a mesh, for a model that `check_origin` allows."""
-    if not is_hf(where):
-        return Checkpoints(where).restore_params(abstract_params(config, mesh), step)
-    return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1]
+    """The parameters of a run or folder on a mesh, for a model that `check_origin` allows; with the
+    head that is there, if it is another.
+    """
+    if is_hf(where):
+        return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1]
+    origin, _ = read_model(where)
+    there = replace(config, head=origin.head, num_labels=origin.num_labels)
+    return Checkpoints(where).restore_params(abstract_params(there, mesh), step)
+
+
+def with_head(params: Params, head: Params, *, same: bool) -> Params:
+    """The parameters with a fresh head, but for its norm; of the `same` kind they keep theirs."""
+    labels = () if same else ("label", "label_bias")
+    kept = {
+        name: params["head"].get(name, fresh) if name not in labels else fresh
+        for name, fresh in head.items()
+    }
+    return params | {"head": kept}
+
+
+def take_over(config: Config, where: Path) -> Config:
+    """The config with the model and the tokenizer of a run or folder, where it says nothing of
+    them but how to compute and what to predict.
+
+    Raises:
+      CheckpointError: if there is none, or it cannot be read.
+    """
+    origin, tokenizer = read_model(where)
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - CHOICES
+    names -= {"vocab_size", "context_size"}
+    model, plain = config.model, GPTConfig()
+    if all(getattr(model, name) == getattr(plain, name) for name in names):
+        own = {name: getattr(model, name) for name in CHOICES - {"vocab_multiple"}}
+        if origin.positions == "rope" and model.context_size != plain.context_size:
+            own["context_size"] = model.context_size
+        model = replace(origin, **own)
+    data = config.data
+    if data.tokenizer == "bytes" and tokenizer and tokenizer.kind != "bytes":
+        folder = where if is_hf(where) else where / "tokenizer"
+        data = replace(data, tokenizer=str(folder))
+    return replace(config, model=model, data=data)
 
 
 def check_origin(where: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
@@ -104,6 +141,8 @@ def check_origin(where: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPTCon
         for name, theirs, ours in pairs
         if _effective(origin, name) != _effective(config, name)
     ]
+    if origin.head != "lm" and config.head == "lm" and not config.tied_embedding:
+        differences.append(f"model.head is {origin.head!r} there, so it has no unembedding")
     if its_tokenizer and its_tokenizer.fingerprint != tokenizer.fingerprint:
         differences.append(
             f"the tokenizer is of kind {its_tokenizer.kind!r} with fingerprint "

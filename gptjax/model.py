@@ -561,9 +561,9 @@ def weighted_loss(
 ) -> jax.Array:
     """The sum of weights x losses over the batch, in nats: what training minimises.
 
-    Of lm equal to `(batch.weights_BT * token_losses(...)).sum()`, but its gradient costs three products
-    with the unembedding instead of four: they are made in the forward pass, while the logits of a
-    piece of T exist.
+    Of lm equal to `(batch.weights_BT * token_losses(...)).sum()`, but its gradient costs three
+    products with the unembedding instead of four: they are made in the forward pass, while the
+    logits of a piece of T exist.
 
     Args:
       smoothing: share of each label's target that all labels get alike (Szegedy et al. 2016,

@@ -23,7 +23,6 @@ from gptjax.data import (
     Batch,
     Rollback,
     Rows,
-    batch_at,
     check_epochs,
     exclude,
     pass_over,
@@ -37,9 +36,22 @@ from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
-from gptjax.loading import check_origin, load_params
+from gptjax.labelled import (
+    NO_BEST,
+    Best,
+    Labelled,
+    best_by,
+    best_of,
+    contents_of,
+    describe_examples,
+    figures_of,
+    jit_label_step,
+    load_labelled,
+    predict,
+)
+from gptjax.loading import check_origin, load_params, read_model, take_over, with_head
 from gptjax.metrics import Log, read_metrics
-from gptjax.model import Params, resolve
+from gptjax.model import Params, abstract_params, resolve
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
 from gptjax.resume import (
     NOTHING_ALLOWED,
@@ -61,7 +73,8 @@ from gptjax.sampling import Sampling
 from gptjax.sharding import local_rows, make_mesh, to_devices
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state, with_params
 from gptjax.stop import Interrupted, Leaving, Stop
-from gptjax.summary import describe, left_out, summary, versions
+from gptjax.summary import describe, describe_text, left_out, summary, versions
+from gptjax.tasks import ExampleRows
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 from gptjax.watchdog import Watchdog
 
@@ -181,7 +194,14 @@ def _fit(
 ) -> TrainState:
     """As `fit`, in a run directory that is this run's alone."""
     check(config, jax.device_count())
+    labelled = None
+    if config.task.kind and config.init_from:
+        begun = (run_dir / "config.json").exists()
+        config = take_over(config, run_dir if begun else Path(config.init_from))
     tokenizer = make_tokenizer(config.data)
+    if config.task.kind:
+        with events.spent.of("data_preparation"):
+            config, labelled = load_labelled(config, tokenizer)
     past = find_past(run_dir, tokenizer, fork_from)
     model = config.model
     if past and model.vocab_size is None:
@@ -200,12 +220,18 @@ def _fit(
             f"steps = {config.steps:,}, but the fork begins after step {past.step:,}: give more"
         )
     _, reason = resolve(config.model, mesh.devices.flat[0].platform)
-    with events.spent.of("data_preparation"):
-        train_rows, valid_splits = load_rows(config, tokenizer)
-    data = data_of(train_rows, valid_splits)
+    if labelled:
+        train_rows, data = labelled.splits["train"].rows, contents_of(labelled)
+        valid_splits = {"": labelled.splits["valid"].rows} if "valid" in labelled.splits else {}
+        about = describe_examples(config, labelled)
+    else:
+        with events.spent.of("data_preparation"):
+            train_rows, valid_splits = load_rows(config, tokenizer)
+        data = data_of(train_rows, valid_splits)
+        check_epochs(train_rows, config.steps)
+        about = describe_text(config, train_rows, valid_splits)
     other_data = data_changes(past.run_dir, data) if past else []
     refuse_changes(other_data, past, allowed, what="data")
-    check_epochs(train_rows, config.steps)
     first = jax.process_index() == 0
     if first and past and past.forks:
         begin_fork(run_dir, past)
@@ -222,7 +248,8 @@ def _fit(
             start = past.step if past else 0
         exclusions = take_up(run_dir, start)
         rollbacks = read_rollbacks(run_dir)
-        train_rows = pass_over(exclude(train_rows, exclusions), rollbacks)
+        train_rows = train_rows if labelled else exclude(train_rows, exclusions)
+        train_rows = pass_over(train_rows, rollbacks)
         events.start(start, **versions(config, mesh))
         write_changes(events if first else Events(None), start, changes, other_data, past)
         if first:
@@ -237,7 +264,7 @@ def _fit(
             tensorboard=config.tensorboard,
             enabled=first,
         ) as log:
-            log.say(describe(config, mesh, reason, train_rows, valid_splits))
+            log.say(describe(config, mesh, reason, about))
             if exclusions:
                 log.say(f"left out   {left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
             if changes:
@@ -258,9 +285,11 @@ def _fit(
                 run_dir,
                 rollbacks,
                 past.ancestry[0] if past and past.ancestry else None,
+                labelled,
             )
+            run.best = run.find_best()
             with watchdog.telling():
-                if start < config.steps:
+                if start < config.steps and not run.is_over:
                     with watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
                         compiling = thread.submit(run.compile)
                         state = run.start(start)  # meanwhile
@@ -273,7 +302,7 @@ def _fit(
                         state = run.start(start)
                     run.evaluate_late(state.params, start)
                 stop.all_is_saved()
-                run.finish(state, run_dir)
+                run.finish(state)
     return state
 
 
@@ -284,8 +313,8 @@ class _Run:
     config: Config
     mesh: Mesh
     tokenizer: Tokenizer
-    rows: Rows
-    valid_splits: dict[str, Rows]
+    rows: Rows | ExampleRows
+    valid_splits: dict[str, Rows | ExampleRows]
     checkpoints: Checkpoints
     log: Log
     events: Events
@@ -294,6 +323,8 @@ class _Run:
     run_dir: Path
     rollbacks: tuple[Rollback, ...]
     origin: Origin | None  # of a fork
+    labelled: Labelled | None  # None: text
+    best: Best = NO_BEST  # of a task
     comparer: Comparer | None = None  # of the state's copies; None: there are none to compare
 
     def compile(self) -> Callable:
@@ -328,7 +359,18 @@ class _Run:
                 return state
             origin = Path(self.config.init_from)
             self.log.say(f"begun      with the parameters of {origin}")
-            return with_params(state, lambda: load_params(origin, self.config.model, self.mesh))
+            return with_params(state, self.origin_params(origin, state.params["head"]))
+
+    def origin_params(self, origin: Path, head: Params) -> Callable[[], Params]:
+        """What reads the parameters that the run begins with; a head of labels stays as it is,
+        unless there is the same.
+        """
+        model, mesh = self.config.model, self.mesh
+        if model.head == "lm":
+            return lambda: load_params(origin, model, mesh)
+        there, fresh = read_model(origin)[0], jax.tree.map(jax.numpy.copy, head)
+        same = (there.head, there.num_labels) == (model.head, model.num_labels)
+        return lambda: with_head(load_params(origin, model, mesh), fresh, same=same)
 
     def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on, and those after each rollback."""
@@ -372,6 +414,7 @@ class _Run:
             f"rollback   from step {step:,} to step {start:,}, past batches {batches[0]:,} to "
             f"{batches[1]:,}, as {self.run_dir / 'rollbacks.json'} lists"
         )
+        self.best = self.find_best()
         return start
 
     def train(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
@@ -382,7 +425,7 @@ class _Run:
         which = local_rows(self.mesh, config.batch_size)
 
         def make(step: int) -> Batch:
-            batch = batch_at(step, rows, which=which)
+            batch = rows.batch_at(step, which=which)
             if at("batch_read"):
                 batch = batch._replace(weights_BT=np.full_like(batch.weights_BT, np.nan))
             return to_devices(self.mesh, batch, config.batch_size)
@@ -419,17 +462,20 @@ class _Run:
                 if evaluates or saves:  # before the next step takes the state's memory
                     taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
+                    owed |= evaluates and self.best.step == step
                     self.events.progress()  # so that is known what steps up to here took
                     # While updates are skipped the newest checkpoint stays one from before.
                     if owed and taken and not last:  # the last one is waited for, below
                         self.save(step, state)
                         owed = False
                     clock.restart(step)
+                    if self.is_over:
+                        break
             if waiting:
                 self.record(*waiting, clock)
             if step > start:
                 self.save(step, state, wait=True)
-        if step < config.steps:
+        if step < config.steps and not self.is_over:
             raise Interrupted(
                 f"by {self.stop.asked} after step {step:,}, which is saved: "
                 "the same command goes on"
@@ -484,7 +530,9 @@ class _Run:
         if evaluated is not None or ends or _due(step, self.config.log_every):
             metrics |= clock.read(step)
             if evaluated is not None:
-                metrics |= self.evaluate(evaluated) or {}
+                figures = self.evaluate(evaluated) or {}
+                metrics |= figures
+                self.compare(step, figures)
             self.log.write(step, metrics)
         return taken
 
@@ -552,20 +600,57 @@ class _Run:
             owed = bool(multihost_utils.broadcast_one_to_all(np.array(owed)))
         if owed and (figures := self.evaluate(params)):
             self.log.amend(step, figures)
+            self.compare(step, figures)
+
+    # --- the best step of a task ---
+
+    def find_best(self) -> Best:
+        """The best of the steps that were done."""
+        if self.labelled is None:
+            return NO_BEST
+        best = NO_BEST
+        if jax.process_index() == 0:
+            best = best_of(read_metrics(self.run_dir), self.config)
+        if jax.process_count() > 1:
+            step, figure, since = multihost_utils.broadcast_one_to_all(
+                np.array([best.step or 0, best.figure, best.since])
+            ).tolist()
+            best = Best(int(step) or None, figure, int(since))
+        self.checkpoints.keep(best.step)
+        return best
+
+    def compare(self, step: int, figures: dict[str, float]) -> None:
+        """Remember a step that is better than all before, whose checkpoint is to stay."""
+        name, sign = best_by(self.config)
+        if self.labelled and name in figures:
+            self.best = self.best.then(step, figures[name], sign)
+            self.checkpoints.keep(self.best.step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether so many evaluations were no better that the run ends before its last step."""
+        patience = self.config.task.patience
+        return self.labelled is not None and patience is not None and self.best.since >= patience
 
     @functools.cached_property
     def eval_step(self) -> Callable:
         return jit_eval_step(self.config, self.mesh, self.tokenizer.bytes_per_token)
 
+    @functools.cached_property
+    def label_step(self) -> Callable:
+        return jit_label_step(self.config, self.mesh)
+
     def evaluate(self, params: Params) -> dict[str, float] | None:
-        """The loss on the validation split, or on as much of it as the config says; None if the run
-        is to stop.
+        """The loss on the validation split, or on as much of it as the config says, and a task's
+        figures; None if the run is to stop.
         """
         at("evaluate")
         with (
             self.watchdog.phase("evaluate"),
             self.events.phase("evaluation", step=self.events.step),
         ):
+            if self.config.model.head != "lm":
+                return self.figures(params, "valid", "eval")
             return evaluate(
                 params,
                 self.valid_splits,
@@ -576,11 +661,27 @@ class _Run:
                 request=self.stop.request,
             )
 
-    def finish(self, state: TrainState, run_dir: Path) -> None:
-        """Say what came of it: a sample, the last figures, and where everything lies."""
+    def figures(self, params: Params, split: str, prefix: str) -> dict[str, float] | None:
+        """The figures of a task on one of its splits; None if the run is to stop."""
+        task, split = self.labelled.task, self.labelled.splits[split]
+        begin, request = self.stop.begin, self.stop.request
+        said = predict(
+            params, task, split, self.label_step, self.mesh, begin=begin, request=request
+        )
+        if said is None:
+            return None
+        figures = figures_of(task, split.examples, said)
+        return {f"{prefix}/{name}": value for name, value in figures.items()}
+
+    def finish(self, state: TrainState) -> None:
+        """Say what came of it: a sample, or the figures of a test split; the last figures, and
+        where everything lies.
+        """
         config, sample = self.config, self.config.sample
         at("sample")
-        if sample.max_tokens:
+        if self.labelled and "test" in self.labelled.splits and config.model.head != "lm":
+            self.test(state)
+        if sample.max_tokens and not self.labelled:
             prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
             sampling = Sampling(
                 max_tokens=sample.max_tokens,
@@ -595,7 +696,20 @@ class _Run:
             text = sample.prompt + self.tokenizer.decode(tokens)
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
-            self.log.say(summary(read_metrics(run_dir), run_dir))
+            lines = read_metrics(self.run_dir)
+            best = self.best.step if self.labelled else None
+            self.log.say(summary(lines, self.run_dir, best=best))
+
+    def test(self, state: TrainState) -> None:
+        """Log the figures of the best step on the test split."""
+        params, last, best = state.params, int(state.step), self.best.step
+        if best not in (None, last) and best in self.checkpoints.steps():
+            like = abstract_params(self.config.model, self.mesh)
+            params = self.checkpoints.restore_params(like, best)
+        with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
+            figures = self.figures(params, "test", "test")
+        if figures:
+            self.log.amend(last, figures)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -51,6 +51,7 @@ ORDER = (
     "tasks",
     "evaluate",
     "rows",
+    "labelled",
     "stop",
     "watchdog",
     "step",

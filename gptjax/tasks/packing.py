@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data import Batch, permute
+from gptjax.data import Batch, batch_number, permute
 from gptjax.sources import DataError
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.task import Encoded, Task
@@ -143,6 +143,7 @@ class ExampleRows:
     pad: int
     once: bool = False  # one epoch, and rows past it are padding: for evaluation
     alone: bool = False  # every example in a row of its own
+    skip: tuple[tuple[int, int], ...] = ()  # batches that are passed over, as in `data.Rows`
 
     @functools.cached_property
     def packed(self) -> Packed:
@@ -177,9 +178,13 @@ class ExampleRows:
         """How often so many steps see every example."""
         return steps * self.batch_size / self.num_rows
 
+    def batch_number(self, step: int) -> int:
+        """The batch that a step sees, both counted from 0."""
+        return batch_number(step, self.skip)
+
     def _rows_at(self, step: int, which: slice) -> np.ndarray:
         """The rows of a batch; -1 for those past the end."""
-        drawn = step * self.batch_size + np.arange(self.batch_size)[which]
+        drawn = self.batch_number(step) * self.batch_size + np.arange(self.batch_size)[which]
         epoch, index = np.divmod(drawn, max(self.num_rows, 1))
         if self.shuffle:
             index = permute(index, max(self.num_rows, 1), self.seed, epoch)
