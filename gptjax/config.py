@@ -269,7 +269,6 @@ class TaskConfig:
     # of classes, entities and questions: the loss of the token that follows is added with this
     # weight, as in GPT-1
     lm_weight: NotNegative = 0.0
-    shots: Whole = 0  # of prompting: examples of the training files that come before
     # of prompting: what makes the likeliest choice: the sum of the log-likelihoods of its tokens,
     # their mean, or by byte; or the sum less that of the choice without the example
     score: Literal["sum", "token", "byte", "unconditional"] = "sum"

@@ -188,7 +188,6 @@ FREE = {
     "task.epochs",  # which `steps` come from
     "task.patience",
     "task.words",
-    "task.shots",
     "task.score",
 }
 FREE_SECTIONS = ("mesh.", "sample.", "guard.")

@@ -4,12 +4,12 @@ import json
 import random
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, DataConfig, GPTConfig, OptimizerConfig, TaskConfig
+from gptjax.cli import run_verb
+from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, OptimizerConfig, TaskConfig
 from gptjax.labelled import NO_BEST, best_of
 from gptjax.metrics import read_metrics
 from gptjax.train import fit
@@ -65,3 +65,151 @@ def test_a_task_is_learnt_and_its_figures_are_logged(tmp_path, capsys):
     assert lines[-1]["test/accuracy"] == figures["eval/accuracy"]
     assert lines[-1]["test/loss"] == pytest.approx(figures["eval/loss"], rel=1e-5)
     assert "accuracy" in capsys.readouterr().err
+
+
+def test_a_run_on_a_task_goes_on_as_if_it_had_never_stopped(tmp_path):
+    config = classes(tmp_path, task={"class_weights": "balanced", "label_smoothing": 0.1})
+    steady = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2)
+    config = replace(config, optimizer=steady)
+    fit(config, tmp_path / "whole")
+    fit(replace(config, steps=5), tmp_path / "parts")
+    fit(config, tmp_path / "parts")
+    whole, again = (Checkpoints(tmp_path / name).read_params(12)[1] for name in ("whole", "parts"))
+    for path, value in whole.items():
+        assert np.array_equal(value, again[path]), path
+
+
+def test_the_best_step_stays_and_the_run_ends_when_nothing_gets_better(tmp_path):
+    config = classes(tmp_path, steps=40, keep_last=1, save_every=None, eval_every=2)
+    rate = OptimizerConfig(learning_rate=0.0)
+    config = replace(config, optimizer=rate, task=replace(config.task, patience=3))
+    fit(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    best = best_of(lines, config)
+    assert (best.step, best.since) == (2, 3)  # of equals the first
+    assert lines[-1]["step"] == 8
+    assert Checkpoints(tmp_path / "run").steps() == [2, 8]
+    fit(config, tmp_path / "run")  # it is over already
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 8
+    fit(replace(config, task=replace(config.task, patience=4)), tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_the_best_of_several_figures_is_the_first_of_the_largest():
+    config = Config(task=TaskConfig(kind="classify"))
+    figures = [0.5, 0.7, 0.7, 0.6]
+    lines = [{"step": i, "eval/accuracy": figure} for i, figure in enumerate(figures, 1)]
+    assert best_of([{"step": 0}, *lines], config) == (2, 0.7, 2)
+    assert best_of([], config) == NO_BEST
+    losses = [{"step": 1, "eval/loss": 2.0}, {"step": 2, "eval/loss": 1.0}]
+    assert best_of(losses, replace(config, task=TaskConfig(kind="pairs"))).step == 2
+
+
+def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tmp_path):
+    (tmp_path / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
+    data = DataConfig(path=(str(tmp_path / "text.txt"),), store_dir=str(tmp_path / "stores"))
+    base = classes(tmp_path, task={"kind": None, "train": (), "valid": ()}, data=data)
+    fit(replace(base, steps=2, eval_every=None), tmp_path / "base")
+    # Of the model nothing is said but its dropout, so it is that of the base.
+    tuned = replace(
+        classes(tmp_path, model=GPTConfig(dropout=0.1), steps=1, eval_every=1),
+        init_from=str(tmp_path / "base"),
+        optimizer=OptimizerConfig(learning_rate=0.0),
+    )
+    fit(tuned, tmp_path / "tuned")
+    before, after = (Checkpoints(tmp_path / name).read_params()[1] for name in ("base", "tuned"))
+    assert {*after} - {*before} == {"head/label", "head/label_bias"}
+    for path, value in before.items():
+        assert np.array_equal(value, after[path]), path
+    again = replace(tuned, init_from=str(tmp_path / "tuned"))
+    fit(again, tmp_path / "again")
+    assert np.array_equal(
+        Checkpoints(tmp_path / "again").read_params()[1]["head/label"], after["head/label"]
+    )
+
+
+TAGGED = "Ann B-PER\nmet O\nLee B-PER\nin O\nRome B-LOC\n\nshe O\nleft O\nRome B-LOC\n\n"
+
+
+def files_of(kind, folder):
+    """A file of each kind of task."""
+    if kind == "entities":
+        path, text = folder / "tags.conll", TAGGED * 8
+    elif kind == "questions":
+        asked = [
+            {"id": str(i), "question": "who?", "answers": [{"text": "Ann", "answer_start": 0}]}
+            for i in range(8)
+        ]
+        paragraph = {"context": "Ann met Lee in Rome, which is far away.", "qas": asked}
+        path = folder / "asked.json"
+        text = json.dumps({"data": [{"paragraphs": [paragraph]}]})
+    elif kind == "pairs":
+        path, text = folder / "pairs.tsv", "source\ttarget\n" + "one\teins\ntwo\tzwei\n" * 8
+    else:
+        said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+        path, text = folder / "said.jsonl", (json.dumps({"messages": said}) + "\n") * 8
+    path.write_text(text)
+    return (str(path),)
+
+
+@pytest.mark.parametrize("kind", ["entities", "questions", "pairs", "dialogue"])
+def test_every_kind_of_task_is_learnt(kind, tmp_path):
+    files = files_of(kind, tmp_path)
+    task = {"kind": kind, "train": files, "valid": files, "overlap": 8}
+    model = replace(MODEL, bidirectional=kind == "entities")
+    config = classes(tmp_path, model=model, task=task, steps=8)
+    if kind == "questions":
+        config = replace(config, task=replace(config.task, lm_weight=0.5))
+    fit(config, tmp_path / "run")
+    evaluations = [line for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+    assert ("eval/f1" in evaluations[0]) == (kind in ("entities", "questions"))
+
+
+def run(*arguments) -> None:
+    run_verb([str(one) for one in arguments])
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    fit(classes(folder), folder / "run")
+    return folder
+
+
+def test_evaluate_prints_the_figures_that_were_logged(tuned, capsys):
+    run("evaluate", tuned / "run", "--batch-size", 5)
+    out = capsys.readouterr().out
+    best = best_of(read_metrics(tuned / "run"), classes(tuned))
+    assert f"64 examples of task.valid, at step {best.step}\n" in out
+    assert f"accuracy         {best.figure:.4f}  (95 % of resamples" in out
+
+
+def test_predict_goes_on_with_a_file_that_is_not_whole(tuned):
+    files = [tuned / "whole.jsonl", tuned / "parts.jsonl"]
+    run("predict", tuned / "run", tuned / "valid.tsv", "--out", files[0])
+    lines = files[0].read_text().splitlines(keepends=True)
+    assert len(lines) == 64
+    one = json.loads(lines[0])
+    assert one["where"].endswith("valid.tsv:2") and one["label"] in ("warm", "cold")
+    assert sum(one["probabilities"].values()) == pytest.approx(1)
+    files[1].write_text("".join(lines[:10]) + lines[10][:7])
+    run("predict", tuned / "run", tuned / "valid.tsv", "--out", files[1])
+    parts = [json.loads(line) for line in files[1].read_text().splitlines()]
+    for mine, theirs in zip(parts, map(json.loads, lines), strict=True):
+        assert mine["where"] == theirs["where"]
+        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+
+
+def test_a_language_model_is_asked_in_words(tuned, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
+    data = DataConfig(path=(str(tmp_path / "text.txt"),), store_dir=str(tmp_path / "stores"))
+    base = classes(tmp_path, task={"kind": None, "train": (), "valid": ()}, data=data)
+    fit(replace(base, steps=1, eval_every=None), tmp_path / "base")
+    asked = ["--task.kind", "classify", "--task.valid", tuned / "valid.tsv", "--limit", 6]
+    asked += ["--task.train", tuned / "train.tsv"]
+    for options in ([], ["--shots", 1, "--task.score", "unconditional"]):
+        run("evaluate", tmp_path / "base", *asked, *options)
+        assert "accuracy " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="is of no task"):
+        run("evaluate", tmp_path / "base")

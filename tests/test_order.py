@@ -52,6 +52,7 @@ ORDER = (
     "evaluate",
     "rows",
     "labelled",
+    "prompting",
     "stop",
     "watchdog",
     "step",

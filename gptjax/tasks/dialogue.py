@@ -144,10 +144,14 @@ class Dialogues:
         """All before the assistant's last message, as text without ends."""
         shown = [
             self.config.turn.replace("{role}", role).replace("{content}", content)
-            for role, content in example.messages[: self._last(example)]
+            for role, content in self.before(example)
         ]
         opening = self.config.turn.partition("{content}")[0].replace("{role}", "assistant")
         return "\n".join([*shown, opening])
+
+    def before(self, example: Dialogue) -> tuple[Message, ...]:
+        """The messages before the assistant's last one."""
+        return example.messages[: self._last(example)]
 
     def _last(self, example: Dialogue) -> int:
         """The place of the assistant's last message; after all if there is none."""
