@@ -14,6 +14,11 @@ from dataclasses import replace
 from gptjax import Config, GPTConfig, OptimizerConfig, TaskConfig
 
 
+def config() -> Config:
+    """Returns the run of `classify`."""
+    return classify()
+
+
 def classify() -> Config:
     """Returns a run on classes of a text, by columns `text` and `label`."""
     return _run("classify", TaskConfig(kind="classify", epochs=5))

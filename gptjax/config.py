@@ -274,6 +274,34 @@ class TaskConfig:
     score: Literal["sum", "token", "byte", "unconditional"] = "sum"
 
 
+# The weights of a block that may have an adapter: their part of it, and the letters of what they
+# read and of what they write.
+LORA_TARGETS = {
+    "query": ("attention", "D", "NH"),
+    "key": ("attention", "D", "KH"),
+    "value": ("attention", "D", "KH"),
+    "out": ("attention", "NH", "D"),
+    "up": ("ffn", "D", "F"),
+    "gate": ("ffn", "D", "F"),
+    "down": ("ffn", "F", "D"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Which parameters a run trains; all others stay as they are, and have no optimizer state."""
+
+    # the last so many blocks, and the head; 0: the head alone; None: all parameters
+    layers: Whole | None = None
+    # the learning rate of a block is that of the next one, or of the head, times this
+    layer_decay: Probability = 1.0
+    # adapters of this rank are trained instead, and a head of labels (LoRA); None: no adapters
+    lora_rank: Count | None = None
+    lora_alpha: Positive = 16.0  # what adapters add is multiplied by lora_alpha / lora_rank
+    # weights that have an adapter: query, key, value, out, up, gate (of swiglu), down
+    lora_targets: tuple[str, ...] = ("query", "value")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning rate (Loshchilov and Hutter 2019, algorithm 2)."""
@@ -362,6 +390,7 @@ class Config:
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -645,6 +674,30 @@ def _head(config: Config, _: int | None) -> Iterator[str]:
         )
 
 
+def _tune(config: Config, _: int | None) -> Iterator[str]:
+    tune = config.tune
+    if tune.layers is not None and tune.layers > config.model.num_layers and not config.init_from:
+        yield (
+            f"tune.layers = {tune.layers}, but model.num_layers = {config.model.num_layers}: give "
+            "at most as many"
+        )
+    if tune.lora_rank is None:
+        return
+    if tune.layers is not None:
+        yield (
+            f"tune.layers = {tune.layers} and tune.lora_rank = {tune.lora_rank} exclude each "
+            "other: give one of them"
+        )
+    swiglu = config.model.activation == "swiglu"
+    allowed = [name for name in LORA_TARGETS if swiglu or name != "gate"]
+    for name in tune.lora_targets:
+        if name not in allowed:
+            near = did_you_mean(name, allowed)
+            yield f"tune.lora_targets: {name!r}: give some of {', '.join(allowed)}.{near}"
+    if not tune.lora_targets:
+        yield f"tune.lora_targets is empty: give some of {', '.join(allowed)}"
+
+
 def _windows(config: Config, _: int | None) -> Iterator[str]:
     model = config.model
     if model.window is not None:
@@ -913,6 +966,7 @@ RULES = (
     _heads,
     _rope_scaling,
     _head,
+    _tune,
     _windows,
     _learning_rates,
     _schedule,

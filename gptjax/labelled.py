@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, ConfigError
 from gptjax.data import Batch, prefetch
-from gptjax.model import Params, abstract_params, forward, label_losses, resolve
+from gptjax.model import Params, forward, label_losses, resolve
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 from gptjax.tasks import ExampleRows, Prediction, Problems, Task, encode_examples, make_task
 from gptjax.tasks.packing import check_examples
 from gptjax.tokenizer import Tokenizer
+from gptjax.tuning import abstract_all, merged
 
 
 class Split(NamedTuple):
@@ -164,7 +165,7 @@ def jit_label_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], tupl
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             logits_BTC, _ = forward(
-                params,
+                merged(params, config),
                 batch.tokens_BT,
                 model,
                 positions_BT=batch.positions_BT,
@@ -174,7 +175,7 @@ def jit_label_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], tupl
         sums = [(batch.weights_BT * losses_BT).sum(), batch.weights_BT.sum()]
         return logits_BTC, jnp.stack(sums)
 
-    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config.model, mesh))
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_all(config, mesh))
     batch = Batch(*[in_use(mesh, "BT")] * len(Batch._fields))
     return jax.jit(step, in_shardings=(params, batch), out_shardings=replicated(mesh))
 

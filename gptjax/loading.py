@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, MeshConfig
 from gptjax.hf import is_hf, load_hf, read_hf_config
-from gptjax.model import Params, abstract_params
+from gptjax.model import Params
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer, make_tokenizer
+from gptjax.tuning import abstract_all, merged
 
 # Fields of a model that say how it is computed or trained, not what it predicts.
 CHOICES = {
@@ -77,23 +78,26 @@ def read_model(where: Path) -> tuple[GPTConfig, Tokenizer | None]:
 
 def load_params(where: Path, config: GPTConfig, mesh: Mesh, step: int | None = None) -> Params:
     """The parameters of a run or folder on a mesh, for a model that `check_origin` allows; with the
-    head that is there, if it is another.
+    head that is there, if it is another. Adapters are merged.
     """
     if is_hf(where):
         return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1]
-    origin, _ = read_model(where)
-    there = replace(config, head=origin.head, num_labels=origin.num_labels)
-    return Checkpoints(where).restore_params(abstract_params(there, mesh), step)
+    run, _ = read_run(where)
+    there = replace(config, head=run.model.head, num_labels=run.model.num_labels)
+    run = replace(run, model=there)
+    return merged(Checkpoints(where).restore_params(abstract_all(run, mesh), step), run)
 
 
-def with_head(params: Params, head: Params, *, same: bool) -> Params:
-    """The parameters with a fresh head, but for its norm; of the `same` kind they keep theirs."""
+def with_head(params: Params, fresh: Params, *, same: bool) -> Params:
+    """The parameters with a fresh head, but for its norm, and fresh adapters; a head of the `same`
+    kind they keep.
+    """
     labels = () if same else ("label", "label_bias")
     kept = {
-        name: params["head"].get(name, fresh) if name not in labels else fresh
-        for name, fresh in head.items()
+        name: leaf if name in labels else params["head"].get(name, leaf)
+        for name, leaf in fresh["head"].items()
     }
-    return params | {"head": kept}
+    return params | fresh | {"head": kept}
 
 
 def take_over(config: Config, where: Path) -> Config:

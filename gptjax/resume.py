@@ -201,6 +201,7 @@ NUMBERS = {
     "guard.spike_grad_norm",
     "guard.max_spikes",
     "guard.rollback_after",
+    "tune.layer_decay",
     "task.label_smoothing",
     "task.lm_weight",
 }

@@ -17,7 +17,8 @@ from gptjax.data import (
     Exclusion,
     Rows,
 )
-from gptjax.model import abstract_params, resolve
+from gptjax.model import resolve
+from gptjax.tuning import abstract_all, abstract_trained
 
 
 def describe(config: Config, mesh: Mesh, reason: str, data: str) -> str:
@@ -29,13 +30,18 @@ def describe(config: Config, mesh: Mesh, reason: str, data: str) -> str:
     """
     device = mesh.devices.flat[0]
     model, _ = resolve(config.model, device.platform)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model, mesh)))
+    params = abstract_all(config, mesh)
+    num_params, num_trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (params, abstract_trained(params, config))
+    )
+    part = "" if num_trained == num_params else f", {num_trained:,} of them trained"
     axes = (
         " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         or "one device"
     )
     return (
-        f"model      {num_params:,} parameters, {model.compute_dtype} compute, "
+        f"model      {num_params:,} parameters{part}, {model.compute_dtype} compute, "
         f"attention {model.attention} ({reason})\n"
         f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
         f"data       {data}"

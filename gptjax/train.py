@@ -51,7 +51,7 @@ from gptjax.labelled import (
 )
 from gptjax.loading import check_origin, load_params, read_model, take_over, with_head
 from gptjax.metrics import Log, read_metrics
-from gptjax.model import Params, abstract_params, resolve
+from gptjax.model import Params, resolve
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
 from gptjax.resume import (
     NOTHING_ALLOWED,
@@ -76,6 +76,7 @@ from gptjax.stop import Interrupted, Leaving, Stop
 from gptjax.summary import describe, describe_text, left_out, summary, versions
 from gptjax.tasks import ExampleRows
 from gptjax.tokenizer import Tokenizer, make_tokenizer
+from gptjax.tuning import abstract_all, merged
 from gptjax.watchdog import Watchdog
 
 
@@ -359,16 +360,17 @@ class _Run:
                 return state
             origin = Path(self.config.init_from)
             self.log.say(f"begun      with the parameters of {origin}")
-            return with_params(state, self.origin_params(origin, state.params["head"]))
+            return with_params(state, self.origin_params(origin, state.params))
 
-    def origin_params(self, origin: Path, head: Params) -> Callable[[], Params]:
-        """What reads the parameters that the run begins with; a head of labels stays as it is,
-        unless there is the same.
+    def origin_params(self, origin: Path, params: Params) -> Callable[[], Params]:
+        """What reads the parameters that the run begins with; of its own it keeps adapters, and a
+        head of labels, unless there is the same.
         """
         model, mesh = self.config.model, self.mesh
-        if model.head == "lm":
+        own = {name: params[name] for name in ("head", "lora") if name in params}
+        if model.head == "lm" and "lora" not in own:
             return lambda: load_params(origin, model, mesh)
-        there, fresh = read_model(origin)[0], jax.tree.map(jax.numpy.copy, head)
+        there, fresh = read_model(origin)[0], jax.tree.map(jax.numpy.copy, own)
         same = (there.head, there.num_labels) == (model.head, model.num_labels)
         return lambda: with_head(load_params(origin, model, mesh), fresh, same=same)
 
@@ -692,7 +694,8 @@ class _Run:
             key = jax.random.key(config.seed)
             end = self.tokenizer.end
             with self.events.phase("sample"):
-                (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
+                params = merged(state.params, config)
+                (tokens,) = generate(params, [prompt], config.model, sampling, key, end=end)
             text = sample.prompt + self.tokenizer.decode(tokens)
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
@@ -704,7 +707,7 @@ class _Run:
         """Log the figures of the best step on the test split."""
         params, last, best = state.params, int(state.step), self.best.step
         if best not in (None, last) and best in self.checkpoints.steps():
-            like = abstract_params(self.config.model, self.mesh)
+            like = abstract_all(self.config, self.mesh)
             params = self.checkpoints.restore_params(like, best)
         with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
             figures = self.figures(params, "test", "test")

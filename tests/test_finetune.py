@@ -9,7 +9,15 @@ import pytest
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.cli import run_verb
-from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, OptimizerConfig, TaskConfig
+from gptjax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    GPTConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TuneConfig,
+)
 from gptjax.labelled import NO_BEST, best_of
 from gptjax.metrics import read_metrics
 from gptjax.train import fit
@@ -105,27 +113,41 @@ def test_the_best_of_several_figures_is_the_first_of_the_largest():
     assert best_of(losses, replace(config, task=TaskConfig(kind="pairs"))).step == 2
 
 
-def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tmp_path):
-    (tmp_path / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
-    data = DataConfig(path=(str(tmp_path / "text.txt"),), store_dir=str(tmp_path / "stores"))
-    base = classes(tmp_path, task={"kind": None, "train": (), "valid": ()}, data=data)
-    fit(replace(base, steps=2, eval_every=None), tmp_path / "base")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run on text."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
+    data = DataConfig(path=(str(folder / "text.txt"),), store_dir=str(folder / "stores"))
+    config = classes(folder, task={"kind": None, "train": (), "valid": ()}, data=data)
+    fit(replace(config, steps=2, eval_every=None), folder / "run")
+    return folder / "run"
+
+
+def read(run_dir) -> dict[str, np.ndarray]:
+    return Checkpoints(run_dir).read_params()[1]
+
+
+@pytest.mark.parametrize("tune", [TuneConfig(), TuneConfig(lora_rank=2)], ids=["full", "lora"])
+def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tune, base, tmp_path, capsys):
     # Of the model nothing is said but its dropout, so it is that of the base.
-    tuned = replace(
-        classes(tmp_path, model=GPTConfig(dropout=0.1), steps=1, eval_every=1),
-        init_from=str(tmp_path / "base"),
+    config = replace(
+        classes(tmp_path, model=GPTConfig(dropout=0.1), steps=2, eval_every=1, tune=tune),
+        init_from=str(base),
         optimizer=OptimizerConfig(learning_rate=0.0),
     )
-    fit(tuned, tmp_path / "tuned")
-    before, after = (Checkpoints(tmp_path / name).read_params()[1] for name in ("base", "tuned"))
-    assert {*after} - {*before} == {"head/label", "head/label_bias"}
+    fit(config, tmp_path / "tuned")
+    before, after = read(base), read(tmp_path / "tuned")
+    new = {path for path in {*after} - {*before} if not path.startswith("lora/")}
+    assert new == {"head/label", "head/label_bias"}
+    assert any(path.startswith("lora/") for path in after) == (tune.lora_rank is not None)
     for path, value in before.items():
         assert np.array_equal(value, after[path]), path
-    again = replace(tuned, init_from=str(tmp_path / "tuned"))
-    fit(again, tmp_path / "again")
-    assert np.array_equal(
-        Checkpoints(tmp_path / "again").read_params()[1]["head/label"], after["head/label"]
-    )
+    fit(replace(config, init_from=str(tmp_path / "tuned")), tmp_path / "again")
+    assert np.array_equal(read(tmp_path / "again")["head/label"], after["head/label"])
+    run("evaluate", tmp_path / "tuned")
+    figure = best_of(read_metrics(tmp_path / "tuned"), config).figure
+    assert f"accuracy         {figure:.4f}" in capsys.readouterr().out
 
 
 TAGGED = "Ann B-PER\nmet O\nLee B-PER\nin O\nRome B-LOC\n\nshe O\nleft O\nRome B-LOC\n\n"
@@ -201,15 +223,11 @@ def test_predict_goes_on_with_a_file_that_is_not_whole(tuned):
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
 
 
-def test_a_language_model_is_asked_in_words(tuned, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
-    data = DataConfig(path=(str(tmp_path / "text.txt"),), store_dir=str(tmp_path / "stores"))
-    base = classes(tmp_path, task={"kind": None, "train": (), "valid": ()}, data=data)
-    fit(replace(base, steps=1, eval_every=None), tmp_path / "base")
+def test_a_language_model_is_asked_in_words(base, tuned, capsys):
     asked = ["--task.kind", "classify", "--task.valid", tuned / "valid.tsv", "--limit", 6]
     asked += ["--task.train", tuned / "train.tsv"]
     for options in ([], ["--shots", 1, "--task.score", "unconditional"]):
-        run("evaluate", tmp_path / "base", *asked, *options)
+        run("evaluate", base, *asked, *options)
         assert "accuracy " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is of no task"):
-        run("evaluate", tmp_path / "base")
+        run("evaluate", base)

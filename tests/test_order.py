@@ -31,6 +31,7 @@ ORDER = (
     "sharding",
     "attention",
     "model",
+    "tuning",
     "pipeline",
     "guard",
     "replicas",

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptjax.config import Config, ConfigError, Count, MeshConfig, TaskConfig, Whole, from_json
+from gptjax.config import (
+    Config,
+    ConfigError,
+    Count,
+    MeshConfig,
+    TaskConfig,
+    TuneConfig,
+    Whole,
+    from_json,
+)
 
 if TYPE_CHECKING:
     from gptjax.prompting import Asking
@@ -141,8 +150,9 @@ class _Speaker:
 
         from gptjax.checkpoint import Checkpoints
         from gptjax.labelled import best_of, jit_label_step, with_head_of
+        from gptjax.loading import load_params
         from gptjax.metrics import read_metrics
-        from gptjax.model import abstract_params, resolve
+        from gptjax.model import resolve
         from gptjax.prompting import Model
         from gptjax.rundir import read_run
         from gptjax.sharding import make_mesh
@@ -159,7 +169,8 @@ class _Speaker:
         config = replace(config, batch_size=how.batch_size)
         config = replace(config, model=resolve(config.model, devices[0].platform)[0])
         self.mesh = make_mesh(MeshConfig(), devices)
-        params = checkpoints.restore_params(abstract_params(config.model, self.mesh), self.step)
+        params = load_params(Path(run_dir), config.model, self.mesh, self.step)
+        config = replace(config, tune=TuneConfig())  # what it trained is merged
         self.config, self.task, self.how, self.training = config, task, how, training
         self.model = Model(params, config.model, tokenizer)
         self.label_step = jit_label_step(config, self.mesh) if self.by_head else None

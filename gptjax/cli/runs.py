@@ -108,13 +108,13 @@ def load_model(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "
     """The parameters of a checkpoint on one device, with their model and tokenizer."""
     import jax
 
-    from gptjax.checkpoint import Checkpoints
-    from gptjax.model import abstract_params, resolve
+    from gptjax.loading import load_params
+    from gptjax.model import resolve
     from gptjax.rundir import read_run
     from gptjax.sharding import make_mesh
 
     config, tokenizer = read_run(Path(run_dir))
     devices = jax.devices()[:1]
     model, _ = resolve(config.model, devices[0].platform)
-    like = abstract_params(model, make_mesh(MeshConfig(), devices))
-    return Checkpoints(Path(run_dir)).restore_params(like, step), model, tokenizer
+    mesh = make_mesh(MeshConfig(), devices)
+    return load_params(Path(run_dir), model, mesh, step), model, tokenizer
