@@ -1,5 +1,6 @@
 """Training on labelled tasks, from the examples to the predictions."""
 
+import io
 import json
 import random
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.cli import run_verb
+from gptjax.cli.chatting import fitting_ids
 from gptjax.config import (
     Config,
     ConfigError,
@@ -20,6 +22,9 @@ from gptjax.config import (
 )
 from gptjax.labelled import NO_BEST, best_of
 from gptjax.metrics import read_metrics
+from gptjax.tasks import make_task
+from gptjax.tasks.dialogue import Message
+from gptjax.tokenizer import ByteTokenizer
 from gptjax.train import fit
 
 MODEL = GPTConfig(
@@ -175,7 +180,7 @@ def files_of(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["entities", "questions", "pairs", "dialogue"])
-def test_every_kind_of_task_is_learnt(kind, tmp_path):
+def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
     files = files_of(kind, tmp_path)
     task = {"kind": kind, "train": files, "valid": files, "overlap": 8}
     model = replace(MODEL, bidirectional=kind == "entities")
@@ -185,6 +190,28 @@ def test_every_kind_of_task_is_learnt(kind, tmp_path):
     fit(config, tmp_path / "run")
     evaluations = [line for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+    run("evaluate", tmp_path / "run", "--max-tokens", 4, "--out", tmp_path / "said.jsonl")
+    run("predict", tmp_path / "run", files[0], "--out", tmp_path / "more.jsonl", "--max-tokens", 4)
+    said, more = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("said.jsonl", "more.jsonl")
+    )
+    words = {"entities": "tags", "questions": "no_answer"}.get(kind, "text")
+    assert [one[words] for one in said] == [one[words] for one in more]
+    if kind == "dialogue":
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nhow are you\n"))
+        capsys.readouterr()
+        run("chat", tmp_path / "run", "--max-tokens", 5, "--temperature", 0, "--system", "be")
+        assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_a_long_dialogue_gives_up_its_first_messages_but_not_the_scene():
+    task, tokenizer = make_task(TaskConfig(kind="dialogue")), ByteTokenizer()
+    messages = [Message("system", "be kind"), *[Message("user", f"{i}") for i in range(9)]]
+    ids = fitting_ids(task, messages, tokenizer, 60)
+    text = tokenizer.decode(ids.tolist())
+    assert len(ids) <= 60 and "be kind" in text and "8" in text and "0" not in text
+    assert len(fitting_ids(task, messages[1:2], tokenizer, 1)) > 1  # the last one stays
     assert ("eval/f1" in evaluations[0]) == (kind in ("entities", "questions"))
 
 

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
+from gptjax.cli.chatting import Chat, chat
 from gptjax.cli.convert import Convert, Export, convert, export
 from gptjax.cli.corpora import Prepare, prepare
 from gptjax.cli.evaluating import Evaluate, evaluate, read_task
@@ -41,6 +42,7 @@ VERBS = {
     "generate": (generate, Generate),
     "predict": (predict, Predict),
     "evaluate": (evaluate, Evaluate),
+    "chat": (chat, Chat),
     "inspect": (inspect, Inspect),
     "prune": (prune, Prune),
     "report": (report, Report),
