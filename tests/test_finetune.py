@@ -155,6 +155,7 @@ def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tune, base
     assert f"accuracy         {figure:.4f}" in capsys.readouterr().out
 
 
+KINDS = ("entities", "questions", "pairs")  # and dialogue
 TAGGED = "Ann B-PER\nmet O\nLee B-PER\nin O\nRome B-LOC\n\nshe O\nleft O\nRome B-LOC\n\n"
 
 
@@ -179,7 +180,10 @@ def files_of(kind, folder):
     return (str(path),)
 
 
-@pytest.mark.parametrize("kind", ["entities", "questions", "pairs", "dialogue"])
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS), "dialogue"],
+)
 def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
     files = files_of(kind, tmp_path)
     task = {"kind": kind, "train": files, "valid": files, "overlap": 8}
@@ -190,11 +194,12 @@ def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
     fit(config, tmp_path / "run")
     evaluations = [line for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
-    run("evaluate", tmp_path / "run", "--max-tokens", 4, "--out", tmp_path / "said.jsonl")
+    assert ("eval/f1" in evaluations[0]) == (kind in ("entities", "questions"))
+    run("evaluate", tmp_path / "run", "--max-tokens", 4, "--out", tmp_path / "out.jsonl")
     run("predict", tmp_path / "run", files[0], "--out", tmp_path / "more.jsonl", "--max-tokens", 4)
     said, more = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("said.jsonl", "more.jsonl")
+        for name in ("out.jsonl", "more.jsonl")
     )
     words = {"entities": "tags", "questions": "no_answer"}.get(kind, "text")
     assert [one[words] for one in said] == [one[words] for one in more]
@@ -212,7 +217,6 @@ def test_a_long_dialogue_gives_up_its_first_messages_but_not_the_scene():
     text = tokenizer.decode(ids.tolist())
     assert len(ids) <= 60 and "be kind" in text and "8" in text and "0" not in text
     assert len(fitting_ids(task, messages[1:2], tokenizer, 1)) > 1  # the last one stays
-    assert ("eval/f1" in evaluations[0]) == (kind in ("entities", "questions"))
 
 
 def run(*arguments) -> None:
