@@ -2,10 +2,12 @@
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,9 @@ from gptjax.data import Batch, prefetch
 from gptjax.model import Params, forward, label_losses, resolve
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 from gptjax.tasks import ExampleRows, Prediction, Problems, Task, encode_examples, make_task
+from gptjax.tasks.entities import Tagged
 from gptjax.tasks.packing import check_examples
+from gptjax.tasks.questions import Question
 from gptjax.tokenizer import Tokenizer
 from gptjax.tuning import abstract_all, merged
 
@@ -241,6 +245,40 @@ def figures_of(task: Task, examples: Sequence[Any], said: Said) -> dict[str, flo
     """The task's figures over the examples that there are predictions of, and the loss."""
     pairs = [pair for pair in zip(examples, said.predictions, strict=True) if pair[1] is not None]
     return {"loss": said.loss} | task.metrics(*map(list, zip(*pairs, strict=True)))
+
+
+def write_said(folder: Path, name: str, examples: Sequence[Any], said: Said) -> None:
+    """Write what was said of a split, a line of JSON for each example, with what is right.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    new = folder / f"{name}.jsonl.new"
+    with new.open("w", encoding="utf-8") as file:
+        for example, one in zip(examples, said.predictions, strict=True):
+            if one is not None:
+                line = {"where": example.where, "shown": _shown(example), "right": _right(example)}
+                file.write(json.dumps(line | one, ensure_ascii=False) + "\n")
+    new.rename(folder / f"{name}.jsonl")
+
+
+def _right(example: Any) -> Sequence[str]:
+    match example:
+        case Tagged():
+            return example.tags
+        case Question():
+            return example.answers
+    return example.labels
+
+
+def _shown(example: Any) -> str:
+    match example:
+        case Tagged():
+            return " ".join(example.words)
+        case Question():
+            return example.question
+    return example.text if example.second is None else f"{example.text} / {example.second}"
 
 
 # --- the best step -------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from gptjax.labelled import (
     jit_label_step,
     load_labelled,
     predict,
+    write_said,
 )
 from gptjax.loading import check_origin, load_params, read_model, take_over, with_head
 from gptjax.metrics import Log, read_metrics
@@ -663,15 +664,21 @@ class _Run:
                 request=self.stop.request,
             )
 
-    def figures(self, params: Params, split: str, prefix: str) -> dict[str, float] | None:
-        """The figures of a task on one of its splits; None if the run is to stop."""
-        task, split = self.labelled.task, self.labelled.splits[split]
+    def figures(
+        self, params: Params, name: str, prefix: str, folder: Path | None = None
+    ) -> dict[str, float] | None:
+        """The figures of a task on one of its splits; None if the run is to stop. What was said is
+        written to a folder, if one is given.
+        """
+        task, split = self.labelled.task, self.labelled.splits[name]
         begin, request = self.stop.begin, self.stop.request
         said = predict(
             params, task, split, self.label_step, self.mesh, begin=begin, request=request
         )
         if said is None:
             return None
+        if folder and jax.process_index() == 0:
+            write_said(folder, name, split.examples, said)
         figures = figures_of(task, split.examples, said)
         return {f"{prefix}/{name}": value for name, value in figures.items()}
 
@@ -681,8 +688,8 @@ class _Run:
         """
         config, sample = self.config, self.config.sample
         at("sample")
-        if self.labelled and "test" in self.labelled.splits and config.model.head != "lm":
-            self.test(state)
+        if self.labelled and config.model.head != "lm":
+            self.conclude(state)
         if sample.max_tokens and not self.labelled:
             prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
             sampling = Sampling(
@@ -703,14 +710,20 @@ class _Run:
             best = self.best.step if self.labelled else None
             self.log.say(summary(lines, self.run_dir, best=best))
 
-    def test(self, state: TrainState) -> None:
-        """Log the figures of the best step on the test split."""
+    def conclude(self, state: TrainState) -> None:
+        """Keep what the best step says of the validation and the test split, and log the figures of
+        the latter.
+        """
         params, last, best = state.params, int(state.step), self.best.step
         if best not in (None, last) and best in self.checkpoints.steps():
             like = abstract_all(self.config, self.mesh)
             params = self.checkpoints.restore_params(like, best)
         with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
-            figures = self.figures(params, "test", "test")
+            figures, folder = None, self.run_dir / "said"
+            if "valid" in self.labelled.splits:
+                self.figures(params, "valid", "eval", folder)
+            if "test" in self.labelled.splits:
+                figures = self.figures(params, "test", "test", folder)
         if figures:
             self.log.amend(last, figures)
 

@@ -22,6 +22,7 @@ from gptjax.config import (
 )
 from gptjax.labelled import NO_BEST, best_of
 from gptjax.metrics import read_metrics
+from gptjax.outcome import is_wrong
 from gptjax.tasks import make_task
 from gptjax.tasks.dialogue import Message
 from gptjax.tokenizer import ByteTokenizer
@@ -262,3 +263,30 @@ def test_a_language_model_is_asked_in_words(base, tuned, capsys):
         assert "accuracy " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is of no task"):
         run("evaluate", base)
+
+
+def test_a_report_has_the_figures_the_labels_taken_for_others_and_the_errors(tuned, capsys):
+    run("report", tuned / "run")
+    assert "report.md" in capsys.readouterr().out
+    words, page = ((tuned / "run" / name).read_text() for name in ("report.md", "report.html"))
+    best = best_of(read_metrics(tuned / "run"), classes(tuned))
+    assert f"| accuracy | {best.figure:.4f} |" in words and f"{best.figure:.4f}" in page
+    lines = [json.loads(line) for line in (tuned / "run/said/valid.jsonl").open()]
+    wrong = sum(is_wrong(line) for line in lines)
+    assert 1 - wrong / len(lines) == pytest.approx(best.figure)
+    for right in ("cold", "warm"):
+        counts = [
+            sum(one["right"] == [right] and one["label"] == said for one in lines)
+            for said in ("cold", "warm")
+        ]
+        assert f"| {right} | {counts[0]} | {counts[1]} |" in words
+        assert f"<td>{right}</td><td>{counts[0]}</td><td>{counts[1]}</td>" in page
+
+
+def test_what_is_wrong_of_each_kind():
+    assert is_wrong({"right": ["a"], "label": "b"}) and not is_wrong({"right": ["a"], "label": "a"})
+    assert is_wrong({"right": ["a", "b"], "labels": ["a"]})
+    assert not is_wrong({"right": ["O"], "tags": ["O"]})
+    answer = {"passage": "x", "text": "x"}
+    assert is_wrong(answer | {"right": ["y"]}) and not is_wrong(answer | {"right": ["y", "x"]})
+    assert not is_wrong({"passage": "x", "text": "", "right": []})

@@ -62,6 +62,7 @@ ORDER = (
     "summary",
     "train",
     "report",
+    "outcome",
     "page",
     "plan",
     "interpret",

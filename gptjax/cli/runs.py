@@ -1,6 +1,7 @@
 """The verb that makes a run: `gptjax train`."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,23 @@ def train(experiment: str, given: Train) -> None:
         fork_from=fork_from,
         began=process_began(),
     )
+    _write_reports(run_dir)
+
+
+def _write_reports(run_dir: Path) -> None:
+    """Of a task that was learnt: its figures and errors as pages."""
+    import jax
+
+    from gptjax.outcome import read_outcome, write_markdown
+    from gptjax.page import write_page
+    from gptjax.report import read
+
+    if jax.process_index() > 0:
+        return
+    run = read(run_dir)
+    if outcome := read_outcome(run_dir, run.config):
+        pages = write_markdown(run_dir, run.config, outcome), write_page(run)
+        print(f"report     {pages[0]}, {pages[1]}", file=sys.stderr)
 
 
 def launch_problems(given: Train) -> Iterator[str]:
