@@ -1,6 +1,7 @@
 """What a run on a task came to: its figures, which labels it takes for which, and its errors."""
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,14 +32,33 @@ def read_outcome(run_dir: Path, config: Config) -> Outcome | None:
     }
     if config.task.kind is None or not said:
         return None
+    return Outcome(*final_figures(run_dir, config), said)
+
+
+def final_figures(run_dir: Path, config: Config) -> tuple[int | None, dict[str, dict[str, float]]]:
+    """The best step of a run, of text the last that was evaluated; and by split its figures."""
     lines, figures = read_metrics(run_dir), {}
-    best = best_of(lines, config).step
-    for name, prefix in (("valid", "eval/"), ("test", "test/")):
-        line = next((one for one in lines if one["step"] == best), {}) if name == "valid" else {}
-        line = line or (lines[-1] if lines else {})
+    evaluated = [line for line in lines if "eval/loss" in line]
+    chosen = evaluated[-1] if evaluated else {}
+    if config.task.kind and (best := best_of(lines, config).step) is not None:
+        chosen = next(line for line in lines if line["step"] == best)
+    for name, prefix, line in (("valid", "eval/", chosen), ("test", "test/", (lines or [{}])[-1])):
         found = {key.removeprefix(prefix): x for key, x in line.items() if key.startswith(prefix)}
         figures |= {name: found} if found else {}
-    return Outcome(best, figures, said)
+    return chosen.get("step"), figures
+
+
+def over_seeds(run_dirs: Sequence[Path], config: Config) -> str:
+    """The mean and the standard deviation of each figure over runs that differ in their seed."""
+    each = [final_figures(run_dir, config)[1] for run_dir in run_dirs]
+    lines = [f"{'figure':24} {'mean':>8} {'deviation':>9}   of {len(each)} seeds"]
+    for split in each[0]:
+        for name in each[0][split]:
+            values = [one[split][name] for one in each if name in one.get(split, {})]
+            mean = statistics.mean(values)
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            lines.append(f"{split + ' ' + name:24} {mean:8.4f} {deviation:9.4f}")
+    return "\n".join(lines)
 
 
 def is_wrong(line: dict[str, Any]) -> bool:

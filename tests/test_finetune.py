@@ -22,7 +22,7 @@ from gptjax.config import (
 )
 from gptjax.labelled import NO_BEST, best_of
 from gptjax.metrics import read_metrics
-from gptjax.outcome import is_wrong
+from gptjax.outcome import is_wrong, over_seeds
 from gptjax.tasks import make_task
 from gptjax.tasks.dialogue import Message
 from gptjax.tokenizer import ByteTokenizer
@@ -290,3 +290,17 @@ def test_what_is_wrong_of_each_kind():
     answer = {"passage": "x", "text": "x"}
     assert is_wrong(answer | {"right": ["y"]}) and not is_wrong(answer | {"right": ["y", "x"]})
     assert not is_wrong({"passage": "x", "text": "", "right": []})
+
+
+def test_several_seeds_give_a_mean_and_a_deviation(tmp_path):
+    lines = {0: [0.5, 0.7], 1: [0.9, 0.6]}
+    for seed, figures in lines.items():
+        (tmp_path / f"seed-{seed}").mkdir()
+        text = [
+            json.dumps({"step": step, "eval/loss": 1.0, "eval/accuracy": figure})
+            for step, figure in enumerate(figures, 1)
+        ]
+        (tmp_path / f"seed-{seed}" / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    config = Config(task=TaskConfig(kind="classify"))
+    words = over_seeds([tmp_path / "seed-0", tmp_path / "seed-1"], config)
+    assert "valid accuracy             0.8000    0.1414" in words

@@ -38,15 +38,26 @@ class Train:
     allow_data_change: bool = False  # go on though the text is another than the run began with
     # RUN@STEP or RUN: begin as that run was after that step, or the latest; --run-dir is a new one
     fork_from: str | None = None
+    # train so many times, with `seed` and those that follow it, each in a folder of the run
+    # directory, and print the mean and the deviation of the figures
+    seeds: Count = 1
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
 def train(experiment: str, given: Train) -> None:
     """Train, on all devices of all processes."""
-    run_dir = Path(given.run_dir or Path("runs", given.config.name))
-    refuse_busy(run_dir)
+    whole = Path(given.run_dir or Path("runs", given.config.name))
+    configs = {whole: given.config}
+    if given.seeds > 1:
+        seeds = range(given.config.seed, given.config.seed + given.seeds)
+        configs = {
+            whole / f"seed-{seed}": dataclasses.replace(given.config, seed=seed) for seed in seeds
+        }
+    for run_dir in configs:
+        refuse_busy(run_dir)
     _join_processes(given)
+    from gptjax.outcome import over_seeds
     from gptjax.resume import Allowed, Origin
     from gptjax.train import fit
 
@@ -55,14 +66,17 @@ def train(experiment: str, given: Train) -> None:
         run, at, step = given.fork_from.rpartition("@")
         known = bool(at) and step.isdecimal()
         fork_from = Origin(Path(run), int(step)) if known else Origin(Path(given.fork_from), None)
-    fit(
-        given.config,
-        run_dir,
-        allowed=Allowed(given.allow_config_change, given.allow_data_change),
-        fork_from=fork_from,
-        began=process_began(),
-    )
-    _write_reports(run_dir)
+    for run_dir, config in configs.items():
+        fit(
+            config,
+            run_dir,
+            allowed=Allowed(given.allow_config_change, given.allow_data_change),
+            fork_from=fork_from,
+            began=process_began(),
+        )
+        _write_reports(run_dir)
+    if given.seeds > 1:
+        print(over_seeds(list(configs), given.config), file=sys.stderr)
 
 
 def _write_reports(run_dir: Path) -> None:
@@ -83,6 +97,8 @@ def _write_reports(run_dir: Path) -> None:
 
 def launch_problems(given: Train) -> Iterator[str]:
     """The violations of the rules between the options of `train` that are not of the config."""
+    if given.seeds > 1 and given.fork_from:
+        yield f"seeds = {given.seeds} and --fork-from exclude each other: give one of them"
     launch = (given.coordinator, given.num_processes, given.process_id)
     if launch == (None, None, None):
         return
