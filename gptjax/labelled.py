@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -303,7 +304,7 @@ class Best(NamedTuple):
 
     def then(self, step: int, figure: float, sign: int) -> "Best":
         """The best after one more evaluation; of equals the first."""
-        if self.step is None or sign * figure > sign * self.figure:
+        if math.isnan(self.figure) or sign * figure > sign * self.figure:
             return Best(step, figure)
         return self._replace(since=self.since + 1)
 

@@ -115,6 +115,8 @@ def test_the_best_of_several_figures_is_the_first_of_the_largest():
     lines = [{"step": i, "eval/accuracy": figure} for i, figure in enumerate(figures, 1)]
     assert best_of([{"step": 0}, *lines], config) == (2, 0.7, 2)
     assert best_of([], config) == NO_BEST
+    unknown = {"step": 0, "eval/accuracy": float("nan")}
+    assert best_of([unknown, *lines, unknown], config).step == 2
     losses = [{"step": 1, "eval/loss": 2.0}, {"step": 2, "eval/loss": 1.0}]
     assert best_of(losses, replace(config, task=TaskConfig(kind="pairs"))).step == 2
 
