@@ -465,7 +465,7 @@ class _Run:
                 if evaluates or saves:  # before the next step takes the state's memory
                     taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
-                    owed |= evaluates and self.best.step == step
+                    owed |= self.best.step == step
                     self.events.progress()  # so that is known what steps up to here took
                     # While updates are skipped the newest checkpoint stays one from before.
                     if owed and taken and not last:  # the last one is waited for, below
