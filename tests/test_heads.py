@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small import MODERN, PLAIN, fresh, random_batch, run_steps
 
+from gptjax.attention import Mask, attend
 from gptjax.config import Config, ConfigError, MeshConfig, OptimizerConfig, TaskConfig, violations
 from gptjax.data import Batch
 from gptjax.decoding import generate
@@ -114,6 +115,25 @@ def test_a_bidirectional_model_sees_what_comes_after_within_its_segment():
         assert reached.tolist() == [False] + [True] * 5 + [False] * 6  # two layers of reach 2
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_blocks_of_queries_see_what_comes_after_as_the_plain_attention_does(window):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 160, 2, 4)).astype(np.float32) for _ in range(3))  # two blocks
+    segments = np.repeat([1, 2], [100, 60])[None]
+    mask = Mask(window=window, causal=False, segments_BT=jax.numpy.asarray(segments))
+
+    def gradients(implementation):
+        def total(*given):
+            return (attend(*given, mask, implementation=implementation) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+    for mine, theirs in zip(
+        *map(jax.tree.leaves, map(gradients, ("blockwise", "xla"))), strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_of_the_token_that_follows_is_added():
     model = HEADS["label"]
     params = fresh(model, jax.random.key(0))
@@ -122,6 +142,8 @@ def test_the_loss_of_the_token_that_follows_is_added():
     assert weights.sum() == pytest.approx(1)
     ends = batch.segments_BT[:, :-1] != batch.segments_BT[:, 1:]
     assert not weights[:, :-1][ends].any() and not weights[:, -1].any()
+    one = following_weights(batch._replace(segments_BT=np.ones_like(batch.segments_BT)))
+    assert not np.asarray(one)[:, -1].any()  # what follows it is not in the row
     both = weighted_loss(params, batch, model, lm_weights_BT=weights)
     lm = replace(model, head="lm", num_labels=None)
     following = batch._replace(targets_BT=np.roll(batch.tokens_BT, -1, 1), weights_BT=weights)
