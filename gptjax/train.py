@@ -654,15 +654,21 @@ class _Run:
         ):
             if self.config.model.head != "lm":
                 return self.figures(params, "valid", "eval")
-            return evaluate(
-                params,
-                self.valid_splits,
-                self.eval_step,
-                self.mesh,
-                max_batches=self.config.eval_batches,
-                begin=self.stop.begin,
-                request=self.stop.request,
-            )
+            return self.losses(params, self.valid_splits)
+
+    def losses(
+        self, params: Params, splits: dict[str, Rows | ExampleRows]
+    ) -> dict[str, float] | None:
+        """The losses on some splits; None if the run is to stop."""
+        return evaluate(
+            params,
+            splits,
+            self.eval_step,
+            self.mesh,
+            max_batches=self.config.eval_batches,
+            begin=self.stop.begin,
+            request=self.stop.request,
+        )
 
     def figures(
         self, params: Params, name: str, prefix: str, folder: Path | None = None
@@ -688,7 +694,7 @@ class _Run:
         """
         config, sample = self.config, self.config.sample
         at("sample")
-        if self.labelled and config.model.head != "lm":
+        if self.labelled:
             self.conclude(state)
         if sample.max_tokens and not self.labelled:
             prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
@@ -720,10 +726,14 @@ class _Run:
             params = self.checkpoints.restore_params(like, best)
         with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
             figures, folder = None, self.run_dir / "said"
-            if "valid" in self.labelled.splits:
+            labels, splits = self.config.model.head != "lm", self.labelled.splits
+            if labels and "valid" in splits:
                 self.figures(params, "valid", "eval", folder)
-            if "test" in self.labelled.splits:
+            if labels and "test" in splits:
                 figures = self.figures(params, "test", "test", folder)
+            elif "test" in splits:
+                figures = self.losses(params, {"": splits["test"].rows}) or {}
+                figures = {f"test/{name[5:]}": value for name, value in figures.items()}
         if figures:
             self.log.amend(last, figures)
 

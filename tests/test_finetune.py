@@ -189,7 +189,7 @@ def files_of(kind, folder):
 )
 def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
     files = files_of(kind, tmp_path)
-    task = {"kind": kind, "train": files, "valid": files, "overlap": 8}
+    task = {"kind": kind, "train": files, "valid": files, "test": files, "overlap": 8}
     model = replace(MODEL, bidirectional=kind == "entities")
     config = classes(tmp_path, model=model, task=task, steps=8)
     if kind == "questions":
@@ -198,6 +198,9 @@ def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
     evaluations = [line for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
     assert ("eval/f1" in evaluations[0]) == (kind in ("entities", "questions"))
+    best = best_of(evaluations, config).step
+    chosen = next(line for line in evaluations if line["step"] == best)
+    assert evaluations[-1]["test/loss"] == pytest.approx(chosen["eval/loss"], rel=1e-4)
     run("evaluate", tmp_path / "run", "--max-tokens", 4, "--out", tmp_path / "out.jsonl")
     run("predict", tmp_path / "run", files[0], "--out", tmp_path / "more.jsonl", "--max-tokens", 4)
     said, more = (
