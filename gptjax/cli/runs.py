@@ -74,7 +74,8 @@ def train(experiment: str, given: Train) -> None:
             fork_from=fork_from,
             began=process_began(),
         )
-        _write_reports(run_dir)
+        if config.task.kind:
+            _write_reports(run_dir)
     if given.seeds > 1:
         print(over_seeds(list(configs), given.config), file=sys.stderr)
 
