@@ -159,7 +159,7 @@ class Watchdog:
         if len(behind) < len(begun):
             names = ", ".join(map(str, sorted(behind)))
             return min(behind), f"process {names}, which has begun the least; "
-        return self._me, f"process {self._me}; "
+        return self._me, "all processes have begun as much; "
 
     # --- the others ------------------------------------------------------------------------------
 

@@ -402,7 +402,6 @@ def mutations(lab: Lab, *, count: int = 1000, seed: int = 0, tell: Tell = no_tel
     *_, before, newest = lab.saved(whole)
     right = {step: state_of(lab.folder / whole, step) for step in (before, newest)}
     draw, found, kinds, seconds = random.Random(seed), Counter(), Counter(), []
-    logging.getLogger("gptjax").setLevel(logging.ERROR)  # each is a warning, which is right
     while sum(kinds.values()) < count:
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.copytree(lab.folder / whole, run_dir)
@@ -997,6 +996,7 @@ def run(name: str, lab: Lab, arguments: dict[str, Any]) -> Outcome:
 
 def main() -> int:
     """Do what the arguments say; 1 if anything is not as it should be."""
+    logging.getLogger("gptjax").setLevel(logging.ERROR)  # a warning for each mutation is right
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
