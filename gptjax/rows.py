@@ -59,12 +59,13 @@ def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Row
     if jax.process_index() > 0:
         stores = _load_stores(config, tokenizer, progress=False)
 
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
     order = {
         "context_size": config.model.context_size,
         "batch_size": config.batch_size,
         "seed": config.seed,
         # Nothing sees padding: where the model has no id for it, another serves.
-        "pad": tokenizer.pad if tokenizer.pad < config.model.vocab_size else tokenizer.end,
+        "pad": tokenizer.pad if tokenizer.pad < vocab_size else tokenizer.end,
         "end": tokenizer.end,
     }
     data = config.data

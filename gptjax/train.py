@@ -498,8 +498,8 @@ class _Run:
         """
         spent = self.events.spent
         while True:
-            before = time.perf_counter()
             with spent.of("data_wait"):
+                before = time.perf_counter()
                 batch = next(batches, None)
                 busy = watch.done_at(time.perf_counter()) - before
             spent.move(max(busy, 0.0), "data_wait", "train")

@@ -159,7 +159,7 @@ class Watchdog:
         if len(behind) < len(begun):
             names = ", ".join(map(str, sorted(behind)))
             return min(behind), f"process {names}, which has begun the least; "
-        return self._me, f"process {self._me}; "
+        return self._me, "all processes have begun as much; "
 
     # --- the others ------------------------------------------------------------------------------
 
@@ -309,6 +309,9 @@ def join_processes(
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=10,  # for the others, when one has failed
     )
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # Programs that were compiled by another process mix up the messages of their collectives.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _answers(address: str) -> bool:

@@ -436,7 +436,9 @@ def test_a_run_goes_back_before_its_first_checkpoint_and_only_so_often(text, tmp
 
 
 @pytest.mark.slow
-def test_spikes_are_told_and_a_run_goes_back_for_them_too(faulty, monkeypatch, text, tmp_path):
+def test_spikes_are_told_and_a_run_goes_back_for_them_too(
+    faulty, faults, monkeypatch, text, tmp_path
+):
     def batch_with_spikes(step, rows, *, which):
         batch = batch_at(step, rows, which=which)
         return with_fault(batch, "loss spike") if rows.batch_number(step) in (18, 21, 22) else batch
@@ -444,6 +446,7 @@ def test_spikes_are_told_and_a_run_goes_back_for_them_too(faulty, monkeypatch, t
     monkeypatch.setattr(gptjax.train, "batch_at", batch_with_spikes)
     model = replace(MODERN, vocab_size=None)
     guard = GuardConfig(spike_window=16, rollback_after=2)
+    faults("step_end:sleep=1@17")  # the save of step 15 is done before that of 20 is due
     state = fit(small_run(text, steps=24, model=model, guard=guard), tmp_path)
     # Step 19 is seen once; 22 and 23, after the checkpoint of step 20, make the run go back.
     told = events_of(tmp_path, "skipped_update", "spike")

@@ -119,7 +119,7 @@ def test_all_processes_save_the_same_step_when_one_is_told_to_stop(folder, whole
 
 
 @pytest.mark.slow
-def test_a_fault_in_one_process_is_skipped_by_both_and_both_go_back(folder, monkeypatch):
+def test_a_fault_in_one_process_is_skipped_by_both_and_both_go_back(folder):
     """Which then are as if they had never seen those batches."""
     options = ["--guard.rollback-after", "2", "--mesh.data", "2"]
     both = start_processes(
@@ -131,8 +131,9 @@ def test_a_fault_in_one_process_is_skipped_by_both_and_both_go_back(folder, monk
     assert went_back == {"first": 6, "last": 7, "step": 7, "to_step": 4}
     log = (folder / "back" / "events.jsonl").read_text()
     assert log.count('"skipped_update"') == 3 and log.count('"rollback"') == 1
-    monkeypatch.setenv("GPTJAX_FAULT", "batch_read:nan@3")
-    in_processes(folder, "never", 2, *options, "--data.skip", "6", "7")
+    options += ["--data.skip", "6", "7"]
+    for process in start_processes(folder, "never", 2, *options, faults=["", "batch_read:nan@3"]):
+        finish(process)
     assert_same(folder, "back", "never")
 
 

@@ -51,7 +51,9 @@ def ends_of(processes):
 @pytest.mark.parametrize("end", ENDS)
 def test_when_one_process_ends_badly_both_end_and_say_why(folder, end):
     fault, words, codes, seconds = ENDS[end]
-    options = ("--steps", "40", "--save-every", "3", "--guard.step-seconds", "5")
+    # Where one is stuck, nothing else makes the other wait before its next step.
+    limit, save_every = ("5", "100") if end == "is stuck" else ("60", "3")
+    options = ("--steps", "40", "--save-every", save_every, "--guard.step-seconds", limit)
     processes = start_processes(folder, end, 2, *options, faults=["", fault])
     ends = ends_of(processes)
     outputs = [output for output, _ in ends]

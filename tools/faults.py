@@ -269,8 +269,8 @@ def _kill(
     phase = "saving" if saving else "removing" if removing else "training" if stepped else "start"
     tally.phases[phase] += 1
     life.logged = lab.last_logged(life.run)
-    if stepped:  # while a save is on its way the one before is what counts
-        life.most_lost = SAVE_EVERY * (2 if saving else 1)
+    if stepped:  # while a save is on its way the one before counts, and those that come due wait
+        life.most_lost = SAVE_EVERY * (1 + saving + lab.passed_over(life.run))
     for i, other in enumerate(commands):
         if i == victim:
             continue
@@ -402,7 +402,6 @@ def mutations(lab: Lab, *, count: int = 1000, seed: int = 0, tell: Tell = no_tel
     *_, before, newest = lab.saved(whole)
     right = {step: state_of(lab.folder / whole, step) for step in (before, newest)}
     draw, found, kinds, seconds = random.Random(seed), Counter(), Counter(), []
-    logging.getLogger("gptjax").setLevel(logging.ERROR)  # each is a warning, which is right
     while sum(kinds.values()) < count:
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.copytree(lab.folder / whole, run_dir)
@@ -997,6 +996,7 @@ def run(name: str, lab: Lab, arguments: dict[str, Any]) -> Outcome:
 
 def main() -> int:
     """Do what the arguments say; 1 if anything is not as it should be."""
+    logging.getLogger("gptjax").setLevel(logging.ERROR)  # a warning for each mutation is right
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

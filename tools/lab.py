@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.events import read_events
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAIN = "import sys; from gptjax.cli import main; sys.exit(main())"
 EXPERIMENT = """
@@ -211,6 +213,12 @@ class Lab:
         folder = self.folder / run / "checkpoints"
         names = os.listdir(folder) if folder.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
+
+    def passed_over(self, run: str) -> int:
+        """Saves that came due since the last one that was finished, while one was under way."""
+        kinds = [line["event"] for line in read_events(self.folder / run)]
+        since = kinds[::-1].index("save") if "save" in kinds else len(kinds)
+        return kinds[len(kinds) - since :].count("save_skipped")
 
     def unfinished(self, run: str) -> list[str]:
         """Files and folders of what was begun: after a run there must be none."""

@@ -25,13 +25,10 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Prune:
-    """Remove what is of no use in the run directory RUN: checkpoints that were set aside, what a
-    killed process left, and old steps if you say which to keep.
-    """
+    """Remove what the run directory RUN has no use for: leftovers, and old steps if you say so."""
 
-    keep_last: Count | None = (
-        None  # steps that stay: the newest ones; None: all, or 1 with the next
-    )
+    # steps that stay: the newest ones; None: all of them, or 1 with --keep-every
+    keep_last: Count | None = None
     keep_every: Count | None = None  # and those whose number is a multiple of this
     dry_run: bool = False  # only say what would be removed
     debug: bool = False  # show the traceback of an error

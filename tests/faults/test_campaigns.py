@@ -1,6 +1,8 @@
-"""Small forms of the campaigns of tools/faults.py: real runs, disturbed."""
+"""Small forms of the campaigns of tools/faults.py: real runs, disturbed.
 
-import signal
+Signals in every phase are in test_stop.py, and processes that are lost in test_watchdog.py.
+"""
+
 import sys
 from pathlib import Path
 
@@ -8,8 +10,6 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JOBS = 2  # runs at once: a run starts on one core
-# Limits in seconds are for a quiet machine, and a test must not depend on that.
-PATIENCE = 4.0
 SPAN = 0.4  # seconds after the first step in which a kill may fall
 
 pytestmark = pytest.mark.slow
@@ -67,10 +67,10 @@ def test_a_kill_at_each_point(lab):
 def test_changed_bytes(lab):
     from faults import mutations
 
-    outcome = mutations(lab, count=60)
+    outcome = mutations(lab, count=30)
     assert_well(outcome)
     assert outcome.figures["silently_wrong"] == 0
-    assert outcome.figures["found"].get("fell back", 0) >= 50
+    assert outcome.figures["found"].get("fell back", 0) >= 25
 
 
 def test_a_full_disk(lab):
@@ -79,23 +79,10 @@ def test_a_full_disk(lab):
     assert_well(storage(lab, kinds=["full for a while"]))
 
 
-def test_a_signal_in_each_phase(lab):
-    from faults import signals
-
-    assert_well(signals(lab, numbers=[signal.SIGTERM], patience=PATIENCE))
-
-
-def test_a_process_that_is_lost(lab):
-    from faults import processes
-
-    names = ["kill -9 of 0", "error in 1", "1 is stopped", "1 is stuck"]
-    assert_well(processes(lab, names=names, patience=PATIENCE))
-
-
 def test_wrong_options(lab):
     from faults import configs
 
-    outcome = configs(lab, count=60, jobs=JOBS)
+    outcome = configs(lab, count=40, jobs=JOBS)
     assert_well(outcome)
     assert outcome.figures["accepted"] == 0
     assert outcome.figures["suggestions"] > 0.9
