@@ -36,6 +36,7 @@ from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
+from gptjax.integrity import NotFiniteError
 from gptjax.labelled import (
     NO_BEST,
     Best,
@@ -393,8 +394,8 @@ class _Run:
         Raises:
           DivergenceError: if the run has gone back as often as it may.
         """
-        safe = self.tell_safe()
-        start = self.checkpoints.latest_valid() or 0
+        found, safe = self.find_safe()
+        start = found or 0
         if len(self.rollbacks) >= self.config.guard.max_rollbacks:
             raise DivergenceError(
                 f"the updates of {skipped} steps in a row were skipped, up to step {step:,}, and "
@@ -547,17 +548,23 @@ class _Run:
             raise ReplicaError(
                 f"the copies of the state on different devices differ after step {step:,}: "
                 f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
-                f"Nothing of it is saved, and {self.tell_safe()}: the same command goes on, better "
+                f"Nothing of it is saved, and {self.find_safe()[1]}: the same command goes on, better "
                 "without that device; --guard.cross-check-every None compares no more"
             )
 
-    def tell_safe(self) -> str:
-        """Which checkpoint is from before what went wrong, once what is being saved is saved."""
-        self.checkpoints.wait()
-        step = self.checkpoints.latest()
+    def find_safe(self) -> tuple[int | None, str]:
+        """The newest checkpoint from before what went wrong, once what is being saved is saved, and
+        words for it. That a save has failed must not hide what went wrong.
+        """
+        failed = ""
+        try:
+            self.checkpoints.wait()
+        except (OSError, NotFiniteError) as error:
+            failed = f", and the save that was under way failed: {error}"
+        step = self.checkpoints.latest_valid()
         if step is None:
-            return "there is no checkpoint yet"
-        return f"the newest checkpoint, of step {step:,}, is from before"
+            return None, f"there is no checkpoint yet{failed}"
+        return step, f"the newest checkpoint, of step {step:,}, is from before{failed}"
 
     def tell_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """Tell that an update was skipped, and of which batch; go back, or stop, if it is one too
@@ -588,7 +595,7 @@ class _Run:
             raise DivergenceError(
                 f"the loss or its gradient was not finite for {skipped} steps "
                 f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
-                f"warm-up, or go on from an earlier checkpoint; {self.tell_safe()}"
+                f"warm-up, or go on from an earlier checkpoint; {self.find_safe()[1]}"
             )
 
     def evaluate_late(self, params: Params, step: int) -> None:

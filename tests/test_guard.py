@@ -396,6 +396,13 @@ def test_faults_that_do_not_end_stop_the_run_and_the_last_checkpoint_is_from_bef
     assert all(one["loss"] is None for one in told)
 
 
+def test_a_save_that_fails_meanwhile_does_not_hide_what_went_wrong(text, tmp_path, faults):
+    config = small_run(text, save_every=6, guard=GuardConfig(save_retries=0))
+    faults("batch_read:nan@7-99,copied:sleep=2,written:enospc")
+    with pytest.raises(DivergenceError, match=r"no checkpoint yet, and the save .* failed"):
+        fit(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_run_that_went_back_is_the_run_that_never_saw_those_batches(text, tmp_path, faults):
     guard = GuardConfig(rollback_after=3)
