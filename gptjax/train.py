@@ -548,8 +548,8 @@ class _Run:
             raise ReplicaError(
                 f"the copies of the state on different devices differ after step {step:,}: "
                 f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
-                f"Nothing of it is saved, and {self.find_safe()[1]}: the same command goes on, better "
-                "without that device; --guard.cross-check-every None compares no more"
+                f"Nothing of it is saved, and {self.find_safe()[1]}: the same command goes on, "
+                "better without that device; --guard.cross-check-every None compares no more"
             )
 
     def find_safe(self) -> tuple[int | None, str]:

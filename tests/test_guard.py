@@ -25,7 +25,7 @@ from gptjax.config import (
     SampleConfig,
     violations,
 )
-from gptjax.data import batch_at, pass_over, read_rollbacks
+from gptjax.data import Rows, batch_at, pass_over, read_rollbacks
 from gptjax.faults import arm
 from gptjax.guard import judge, no_recent
 from gptjax.metrics import read_metrics
@@ -446,11 +446,13 @@ def test_a_run_goes_back_before_its_first_checkpoint_and_only_so_often(text, tmp
 def test_spikes_are_told_and_a_run_goes_back_for_them_too(
     faulty, faults, monkeypatch, text, tmp_path
 ):
-    def batch_with_spikes(step, rows, *, which):
-        batch = batch_at(step, rows, which=which)
+    real = Rows.batch_at
+
+    def batch_with_spikes(rows, step, *, which):
+        batch = real(rows, step, which=which)
         return with_fault(batch, "loss spike") if rows.batch_number(step) in (18, 21, 22) else batch
 
-    monkeypatch.setattr(gptjax.train, "batch_at", batch_with_spikes)
+    monkeypatch.setattr(Rows, "batch_at", batch_with_spikes)
     model = replace(MODERN, vocab_size=None)
     guard = GuardConfig(spike_window=16, rollback_after=2)
     faults("step_end:sleep=1@17")  # the save of step 15 is done before that of 20 is due
