@@ -396,9 +396,13 @@ def test_faults_that_do_not_end_stop_the_run_and_the_last_checkpoint_is_from_bef
     assert all(one["loss"] is None for one in told)
 
 
-def test_a_save_that_fails_meanwhile_does_not_hide_what_went_wrong(text, tmp_path, faults):
+def test_a_save_that_fails_meanwhile_does_not_hide_what_went_wrong(
+    monkeypatch, text, tmp_path, faults
+):
+    monkeypatch.setattr(Checkpoints, "poll", lambda self: None)  # it comes to light at the end
+    monkeypatch.setattr(Checkpoints, "due_again", lambda self, step: False)
     config = small_run(text, save_every=6, guard=GuardConfig(save_retries=0))
-    faults("batch_read:nan@7-99,copied:sleep=2,written:enospc")
+    faults("batch_read:nan@7-99,written:enospc")
     with pytest.raises(DivergenceError, match=r"no checkpoint yet, and the save .* failed"):
         fit(config, tmp_path)
 
