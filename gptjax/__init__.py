@@ -10,7 +10,8 @@ _FILE_OF = {
     name: file
     for file, names in {
         "config": "Config ConfigError DataConfig GPT2 GPT3 GPTConfig GuardConfig MeshConfig "
-        "MixtureConfig OptimizerConfig SampleConfig check from_json load_experiment to_json",
+        "MixtureConfig OptimizerConfig SampleConfig TaskConfig TuneConfig check from_json "
+        "load_experiment to_json",
         "tokenizer": "BPETokenizer ByteTokenizer SentencePieceTokenizer StreamDecoder Tokenizer "
         "load_tokenizer make_tokenizer train_sentencepiece",
         "sources": "DataError",

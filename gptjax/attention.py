@@ -22,12 +22,14 @@ class Mask:
     """Which keys a query sees, as a rule; no [T, S] array exists unless an implementation makes
     one.
 
-    Without positions, query t sees key s iff s <= t and both are of one segment. With positions,
-    which a cache gives, it sees the keys whose position is from 0 to its own. In both cases no
-    further back than `window` positions, its own included.
+    Without positions, query t sees key s iff s <= t and both are of one segment; those that come
+    after as well if it is not `causal`. With positions, which a cache gives, it sees the keys whose
+    position is from 0 to its own. In all cases no further away than `window` positions, its own
+    included.
     """
 
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
     segments_BT: jax.Array | None = None
     positions_BT: jax.Array | None = None  # of the queries
     positions_BS: jax.Array | None = None  # of the keys; -1 where there is none
@@ -43,6 +45,7 @@ class Mask:
             back = (
                 jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)
             )[None]
+            back = back if self.causal else jnp.abs(back)
             seen = back >= 0
             if self.segments_BT is not None:
                 seen &= self.segments_BT[:, queries, None] == self.segments_BT[:, None, keys]
@@ -155,13 +158,15 @@ def _cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) 
     segments = None
     if mask.segments_BT is not None:
         segments = (mask.segments_BT[:, :, None] == mask.segments_BT[:, None, :])[:, None]
-    window = None if mask.window is None else (mask.window - 1, 0)
+    window = None
+    if mask.window is not None:
+        window = (mask.window - 1, 0 if mask.causal else mask.window - 1)
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSKH,
         v_BSKH,
         mask=segments,
-        is_causal=True,
+        is_causal=mask.causal,
         local_window_size=window,
         implementation="cudnn",
     )
@@ -189,18 +194,18 @@ def _blocks(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask
     return _blocks_forward(q_BKGTH, k_BKSH, v_BKSH, mask)[0]
 
 
-def _spans(T: int, window: int | None) -> list[tuple[slice, slice]]:
+def _spans(T: int, mask: Mask) -> list[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that any of them sees: at least 128 positions, and no
     more than 16 blocks.
     """
-    size = max(128, -(-T // 16))
-    starts = range(0, T, size)
+    size, reach = max(128, -(-T // 16)), T if mask.window is None else mask.window - 1
+    ahead = 0 if mask.causal else reach
     return [
         (
             slice(start, min(start + size, T)),
-            slice(0 if window is None else max(0, start - window + 1), min(start + size, T)),
+            slice(max(0, start - reach), min(start + size + ahead, T)),
         )
-        for start in starts
+        for start in range(0, T, size)
     ]
 
 
@@ -218,7 +223,7 @@ def _scores(
 
 def _blocks_forward(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: Mask):
     outs, log_sums = [], []
-    for queries, keys in _spans(q_BKGTH.shape[3], mask.window):
+    for queries, keys in _spans(q_BKGTH.shape[3], mask):
         s_BKGTS = _scores(q_BKGTH, k_BKSH, mask, queries, keys)
         most = s_BKGTS.max(-1, keepdims=True)
         p_BKGTS = jnp.exp(s_BKGTS - most)
@@ -245,7 +250,7 @@ def _blocks_backward(kept, dout_BKGTH: jax.Array):
         jnp.zeros(k_BKSH.shape, jnp.float32),
         jnp.zeros(v_BKSH.shape, jnp.float32),
     )
-    for queries, keys in _spans(q_BKGTH.shape[3], mask.window):
+    for queries, keys in _spans(q_BKGTH.shape[3], mask):
         s_BKGTS = _scores(q_BKGTH, k_BKSH, mask, queries, keys)
         p_BKGTS = jnp.exp(s_BKGTS - log_sums_BKGT1[..., queries, :])
         dout = dout_BKGTH[..., queries, :]
@@ -280,7 +285,9 @@ def _splash(
     """The TPU kernel that comes with JAX, which skips blocks that no query sees; on each device's
     own rows and heads.
     """
-    run = functools.partial(_splash_rows, window=mask.window, interpret=interpret)
+    run = functools.partial(
+        _splash_rows, window=mask.window, causal=mask.causal, interpret=interpret
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:  # a kernel is opaque to the partitioner, so it is given its part by hand
         segments = None if mask.segments_BT is None else in_use_spec("BT")
@@ -294,15 +301,16 @@ def _splash(
 
 
 def _splash_rows(
-    q_BTNH, k_BSKH, v_BSKH, segments_BT, *, window: int | None, interpret: bool
+    q_BTNH, k_BSKH, v_BSKH, segments_BT, *, window: int | None, causal: bool, interpret: bool
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, T, N, H = q_BTNH.shape
-    if window is None:
-        one_head = splash.CausalMask((T, T))
+    if window is not None:
+        reach = (window - 1, 0 if causal else window - 1)
+        one_head = splash.LocalMask((T, T), window_size=reach, offset=0)
     else:
-        one_head = splash.LocalMask((T, T), window_size=(window - 1, 0), offset=0)
+        one_head = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
     block = math.gcd(T, 512)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([one_head] * N),

@@ -111,6 +111,7 @@ class Checkpoints:
         self._pending: Future | None = None  # the same in all processes: there is one or not
         self._told = False  # that the pending save has failed
         self._begun = 0  # step of the last save
+        self._kept: tuple[int, ...] = ()  # a step that stays, if there is one
         self._failure: OSError | None = None  # of the last save, if it is to be tried again
         self._failures, self._retry_at = 0, 0.0
         self._needed = 0  # bytes of the last save
@@ -450,6 +451,10 @@ class Checkpoints:
             if self._settle(block=True) and not self._failure:
                 return
 
+    def keep(self, step: int | None) -> None:
+        """Let a step stay that is saved or will be, for as long as no other one is named."""
+        self._kept = () if step is None else (step,)
+
     def due_again(self, step: int) -> bool:
         """Whether a save failed and is to be tried again after this step. Also does what `poll`
         does.
@@ -581,7 +586,7 @@ class Checkpoints:
         self._needed = manifest.size
         self._events.write("save", step=step, bytes=manifest.size, seconds=time.monotonic() - began)
         try:
-            self._steps.remove_old({step}, self._keep_last, self._keep_every)
+            self._steps.remove_old({step, *self._kept}, self._keep_last, self._keep_every)
         except OSError as error:  # the step is saved nevertheless
             log.warning("an old checkpoint cannot be removed: %s", error)
             self._events.write("remove_failed", error=str(error))

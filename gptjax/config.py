@@ -78,6 +78,13 @@ class GPTConfig:
     query_bias: bool = True  # in the maps to queries, keys and values, if bias; GPT-Neo has none
     scale_attention: bool = True  # scores are divided by the root of head_size; GPT-Neo's are not
     tied_embedding: bool = True  # the unembedding is the embedding
+    # what is said at each position: lm: the token that follows; label: one of num_labels; labels:
+    # any number of them; span: whether a passage begins or ends there, of all positions of the
+    # segment. A task of classes, entities or questions sets it
+    head: Literal["lm", "label", "labels", "span"] = "lm"
+    num_labels: Count | None = None  # of label and labels; a task sets it
+    # attention also sees what comes after, within the segment; not for lm
+    bidirectional: bool = False
     # share of embeddings, attention outputs and feed-forward outputs set to zero in training
     dropout: Share = 0.0
     # positions that a banded layer sees, its own included; None: no layer is banded
@@ -111,6 +118,7 @@ class GPTConfig:
             "V": _round_up(self.vocab_size, self.vocab_multiple),
             "L": self.num_layers,
             "P": self.context_size,
+            "C": 2 if self.head == "span" else self.num_labels or 0,
         }
 
     @property
@@ -177,6 +185,121 @@ class DataConfig:
     workers: Count | None = None  # processes that tokenise; None: as many as there are cores
     shuffle: bool = True  # another order of rows in every epoch; otherwise the order of the text
     prefetch: Whole = 4  # batches made ahead of the step, off the main thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Labelled data, and what is to be learnt from it.
+
+    A column is named by the header or the key that the files have, or by its number from 1, or from
+    the end by -1; PATH@KEY takes the records of a JSON file from the value of that key.
+    """
+
+    # classify: a class for a text or a pair of texts, or several; entities: a tag for each word;
+    # questions: answers that are passages of a text; pairs: a text to another, as in translation;
+    # dialogue: what the assistant says; choices: the likeliest of some continuations.
+    # None: no task, but text as `data` says
+    kind: Literal["classify", "entities", "questions", "pairs", "dialogue", "choices"] | None = None
+    train: tuple[str, ...] = ()  # files, folders, globs or URLs of labelled examples
+    valid: tuple[str, ...] = ()  # as train, for validation
+    test: tuple[str, ...] = ()  # as train, looked at once, after the last step
+    # of files: auto goes by the ending and else by the task; conll: columns, a word a line, a blank
+    # line after a sentence; parallel: two text files in turn, whose lines belong together
+    file_format: Literal[
+        "auto", "tsv", "csv", "jsonl", "json", "yaml", "parquet", "conll", "parallel"
+    ] = "auto"
+    # whether the first line of TSV and CSV names the columns; auto: unless numbers are given
+    header: Literal["auto", "yes", "no"] = "auto"
+    # error: no record may be wrong; skip: those that are wrong are left out; repair: broken tags
+    # are read as conlleval does, and answers moved to where they are found nearest; what cannot be
+    # repaired is left out. Whatever was wrong is counted and named by line
+    on_bad_example: Literal["error", "skip", "repair"] = "error"
+    # an example that is longer than model.context_size: window: it becomes several, where the task
+    # can put them together again; error, skip: as above
+    too_long: Literal["window", "error", "skip"] = "window"
+    overlap: Whole = 32  # tokens, words or turns that a window shows again, without counting them
+
+    # column of the text; None: "text"; of entities' words the first; of choices "query"
+    text_column: str | None = None
+    second_column: str | None = None  # classify: column of a second text
+    label_column: str | None = None  # column of the label; None: "label"; of tags the last; "gold"
+    labels: tuple[str, ...] = ()  # all there are, in their order; (): those of the training files
+    several: bool = False  # classify: a record has any number of labels
+    label_separator: str = ","  # between several labels in a cell; a list in JSON needs none
+    class_weights: Literal["equal", "balanced"] = "equal"  # balanced: 1 / share of the label
+    separator: str = "\n"  # between a text and the second, a question and its text, and repetitions
+
+    scheme: Literal["iob1", "iob2", "bioes", "io"] = "iob2"  # entities: of the files' tags
+    # entities: between two words; None: a space, but none beside a script that writes without
+    joiner: str | None = None
+    # entities: the sentence is shown twice and tagged the second time, so that every word can see
+    # all of it though attention looks back only
+    repeat: bool = False
+
+    max_answer: Count = 30  # questions: tokens of the longest answer that is looked for
+    answers: Literal["squad1", "squad2", "cmrc"] = "squad1"  # questions: what counts as the same
+
+    source_column: str = "source"  # pairs: column of the given text
+    target_column: str = "target"  # pairs: column of the text to be written
+    bleu_tokens: Literal["13a", "zh", "char", "intl", "none"] = "13a"  # as sacrebleu calls them
+
+    messages_column: str = "messages"  # dialogue: column of the list of messages
+    role_key: str | None = "role"  # dialogue: key of who speaks; None: user and assistant in turn
+    content_key: str = "content"  # dialogue: key of what is said
+    assistant: tuple[str, ...] = ("assistant",)  # dialogue: roles that the model learns to speak
+    system: tuple[str, ...] = ("system",)  # dialogue: roles that set the scene; all others: users
+    # dialogue: a message as text. What the model writes begins after it, and ends with end-of-text
+    turn: str = "{role}:\n{content}"
+
+    choice_columns: tuple[str, ...] = (
+        "choices",
+    )  # choices: column of their list, or a column for each
+
+    # of prompting, and of pairs in training: how an example is shown, with {columns} in it.
+    # None: as the task says
+    template: str | None = None
+    words: tuple[str, ...] = ()  # of prompting: the word for each of the labels; (): the labels
+    # in training, times that every example is seen, instead of `steps`; None: as `steps` says
+    epochs: Positive | None = None
+    # in training, evaluations without a better figure after which the run ends; None: it goes to
+    # its last step. The best step is kept in any case
+    patience: Count | None = None
+    # of classes: this share of each target is spread over all labels
+    label_smoothing: Share = 0.0
+    # of classes, entities and questions: the loss of the token that follows is added with this
+    # weight, as in GPT-1
+    lm_weight: NotNegative = 0.0
+    # of prompting: what makes the likeliest choice: the sum of the log-likelihoods of its tokens,
+    # their mean, or by byte; or the sum less that of the choice without the example
+    score: Literal["sum", "token", "byte", "unconditional"] = "sum"
+
+
+# The weights of a block that may have an adapter: their part of it, and the letters of what they
+# read and of what they write.
+LORA_TARGETS = {
+    "query": ("attention", "D", "NH"),
+    "key": ("attention", "D", "KH"),
+    "value": ("attention", "D", "KH"),
+    "out": ("attention", "NH", "D"),
+    "up": ("ffn", "D", "F"),
+    "gate": ("ffn", "D", "F"),
+    "down": ("ffn", "F", "D"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Which parameters a run trains; all others stay as they are, and have no optimizer state."""
+
+    # the last so many blocks, and the head; 0: the head alone; None: all parameters
+    layers: Whole | None = None
+    # the learning rate of a block is that of the next one, or of the head, times this
+    layer_decay: Probability = 1.0
+    # adapters of this rank are trained instead, and a head of labels (LoRA); None: no adapters
+    lora_rank: Count | None = None
+    lora_alpha: Positive = 16.0  # what adapters add is multiplied by lora_alpha / lora_rank
+    # weights that have an adapter: query, key, value, out, up, gate (of swiglu), down
+    lora_targets: tuple[str, ...] = ("query", "value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +389,8 @@ class Config:
     name: str = "gpt"  # the run directory is runs/NAME unless --run-dir says otherwise
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -529,6 +654,50 @@ def _rope_scaling(config: Config, _: int | None) -> Iterator[str]:
         )
 
 
+def _head(config: Config, _: int | None) -> Iterator[str]:
+    model, task = config.model, config.task
+    labelled = model.head in ("label", "labels")
+    if labelled and model.num_labels is None and task.kind is None:
+        yield f"model.head = {model.head!r}, but model.num_labels is None: give model.num_labels"
+    if not labelled and model.num_labels is not None:
+        yield (
+            f"model.num_labels = {model.num_labels}, but model.head = {model.head!r}: give "
+            "model.head label or labels, or model.num_labels None"
+        )
+    says_tokens = task.kind in ("pairs", "dialogue", "choices") or (
+        model.head == "lm" and task.kind is None
+    )
+    if model.bidirectional and says_tokens:
+        yield (
+            "model.bidirectional = True, but the token that follows is to be predicted: give "
+            "model.bidirectional False, or a task of kind classify, entities or questions"
+        )
+
+
+def _tune(config: Config, _: int | None) -> Iterator[str]:
+    tune = config.tune
+    if tune.layers is not None and tune.layers > config.model.num_layers and not config.init_from:
+        yield (
+            f"tune.layers = {tune.layers}, but model.num_layers = {config.model.num_layers}: give "
+            "at most as many"
+        )
+    if tune.lora_rank is None:
+        return
+    if tune.layers is not None:
+        yield (
+            f"tune.layers = {tune.layers} and tune.lora_rank = {tune.lora_rank} exclude each "
+            "other: give one of them"
+        )
+    swiglu = config.model.activation == "swiglu"
+    allowed = [name for name in LORA_TARGETS if swiglu or name != "gate"]
+    for name in tune.lora_targets:
+        if name not in allowed:
+            near = did_you_mean(name, allowed)
+            yield f"tune.lora_targets: {name!r}: give some of {', '.join(allowed)}.{near}"
+    if not tune.lora_targets:
+        yield f"tune.lora_targets is empty: give some of {', '.join(allowed)}"
+
+
 def _windows(config: Config, _: int | None) -> Iterator[str]:
     model = config.model
     if model.window is not None:
@@ -577,6 +746,8 @@ def _guard(config: Config, _: int | None) -> Iterator[str]:
 
 def _data(config: Config, _: int | None) -> Iterator[str]:
     data = config.data
+    if config.task.kind is not None:
+        return
     if not data.path and not data.mixture:
         yield "data.path is empty: give files, folders or globs, as in --data.path text.txt"
     stores = data.mixture or [data]
@@ -587,6 +758,80 @@ def _data(config: Config, _: int | None) -> Iterator[str]:
             f"{each}{section}holdout = 0 and {section}valid_path is empty, so there is nothing to "
             "evaluate on: give one of them, or eval_every None"
         )
+
+
+def _task(config: Config, _: int | None) -> Iterator[str]:
+    task = config.task
+    if task.kind is None:
+        for name in ("train", "valid", "test"):
+            if given := getattr(task, name):
+                yield (
+                    f"task.{name} = {reprlib.repr(given)}, but task.kind is None: give "
+                    "task.kind, such as --task.kind classify"
+                )
+        return
+    if not task.train:
+        yield "task.train is empty: give files of labelled examples, as in --task.train train.tsv"
+    if config.eval_every is not None and not task.valid:
+        yield (
+            "task.valid is empty, so there is nothing to evaluate on: give --task.valid FILE, or "
+            "eval_every None"
+        )
+
+
+def _task_evaluation(config: Config, _: int | None) -> Iterator[str]:
+    task = config.task
+    if task.kind is None:
+        return
+    if config.eval_batches is not None and task.kind in ("classify", "entities", "questions"):
+        yield (
+            f"eval_batches = {config.eval_batches}, but the figures of a task are those of all "
+            "examples: give eval_batches None, and fewer examples in task.valid"
+        )
+    if task.patience is not None and config.eval_every is None:
+        yield (
+            f"task.patience = {task.patience}, but eval_every is None: give eval_every, or "
+            "task.patience None"
+        )
+
+
+def _task_losses(config: Config, _: int | None) -> Iterator[str]:
+    task, model = config.task, config.model
+    if task.label_smoothing and task.kind not in ("classify", "entities"):
+        yield (
+            f"task.label_smoothing = {task.label_smoothing:g}, but task.kind = {task.kind!r} has "
+            "no labels: give 0, or task.kind classify or entities"
+        )
+    if not task.lm_weight:
+        return
+    if task.kind not in ("classify", "entities", "questions"):
+        yield (
+            f"task.lm_weight = {task.lm_weight:g}, but task.kind = {task.kind!r}: give 0, or "
+            "task.kind classify, entities or questions"
+        )
+    if model.bidirectional or not model.tied_embedding:
+        yield (
+            f"task.lm_weight = {task.lm_weight:g} needs model.bidirectional False and "
+            "model.tied_embedding True: give these, or 0"
+        )
+
+
+def _task_texts(config: Config, _: int | None) -> Iterator[str]:
+    task = config.task
+    if len({*task.labels}) < len(task.labels):
+        yield f"task.labels = {reprlib.repr(task.labels)}: a label is given twice: give each once"
+    if task.words and len(task.words) != len(task.labels):
+        yield (
+            f"task.words has {len(task.words)} words, but task.labels {len(task.labels)} labels: "
+            "give task.labels, and a word for each of them in the same order"
+        )
+    role, content = task.turn.find("{role}"), task.turn.find("{content}")
+    if content < 0 or role > content or task.turn.count("{content}") > 1:
+        yield (
+            f"task.turn = {task.turn!r}: give a text with {{role}} before {{content}}, each once"
+        )
+    if task.file_format == "parallel" and task.kind not in (None, "pairs"):
+        yield f"task.file_format = 'parallel', but task.kind = {task.kind!r}: give task.kind pairs"
 
 
 def _mixture_alone(config: Config, _: int | None) -> Iterator[str]:
@@ -720,11 +965,17 @@ RULES = (
     _name_is_a_folder,
     _heads,
     _rope_scaling,
+    _head,
+    _tune,
     _windows,
     _learning_rates,
     _schedule,
     _guard,
     _data,
+    _task,
+    _task_evaluation,
+    _task_losses,
+    _task_texts,
     _mixture_alone,
     _mixture_stores,
     _mixture_weights,
@@ -737,8 +988,24 @@ RULES = (
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name nearest to a given one, or nothing."""
-    near = difflib.get_close_matches(str(given), list(allowed), n=1)
+    near = difflib.get_close_matches(str(given), list(allowed), n=5)
+    near.sort(key=lambda name: _edits(str(given), name))
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _edits(one: str, other: str) -> int:
+    """How many letters to leave out, put in, replace, or swap with the next, turn one into the
+    other.
+    """
+    last: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, last, row = last, row, [i]
+        for j, wanted in enumerate(other, 1):
+            row.append(min(row[-1] + 1, last[j] + 1, last[j - 1] + (letter != wanted)))
+            if i > 1 and j > 1 and (one[i - 2], letter) == (wanted, other[j - 2]):
+                row[-1] = min(row[-1], before[j - 2] + 1)
+    return row[-1]
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -27,6 +27,7 @@ from gptjax.store import DocumentInfo, Store
 
 Item = TypeVar("Item")
 
+WORD_BITS = 31  # labels in one int32 target, of several labels at once
 CLOSE_SECONDS = 5  # that the end of `prefetch` waits for an item which is being made
 
 
@@ -116,11 +117,11 @@ class Rows:
 
     def batch_number(self, step: int) -> int:
         """The batch that a step sees, both counted from 0: the step, and what was passed over."""
-        for first, last in self.skip:
-            if step < first - 1:
-                break
-            step += last - first + 1
-        return step
+        return batch_number(step, self.skip)
+
+    def batch_at(self, step: int, *, which: slice) -> Batch:
+        """As the function below."""
+        return batch_at(step, self, which=which)
 
     def rows_read(self, steps: int) -> np.ndarray:
         """How far the first steps come in the rows of each store, int64 [members]; batches that
@@ -145,6 +146,15 @@ class Rows:
             if following is not None:
                 before = before + _dealt(quotas, (following - first) * self.batch_size)
         return phases
+
+
+def batch_number(step: int, skip: Iterable[tuple[int, int]]) -> int:
+    """The batch that a step sees, where ranges of batches, counted from 1, are passed over."""
+    for first, last in skip:
+        if step < first - 1:
+            break
+        step += last - first + 1
+    return step
 
 
 def block_quotas(weights: Sequence[float]) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.config import Config, GPTConfig
-from gptjax.data import Batch, Passage, Rows, batch_at, prefetch
-from gptjax.model import Params, abstract_params, resolve, token_losses
+from gptjax.data import Batch, Passage, Rows, prefetch
+from gptjax.model import Params, resolve, token_losses
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
+from gptjax.tuning import abstract_all, merged
 
 
 def jit_eval_step(
@@ -32,13 +33,13 @@ def jit_eval_step(
 
     def step(params: Params, batch: Batch) -> jax.Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            losses_BT = token_losses(params, batch, model)
+            losses_BT = token_losses(merged(params, config), batch, model)
         bytes_BT = jnp.asarray(bytes_per_token)[batch.targets_BT]
         return jnp.stack(
             [(batch.weights_BT * x).sum() for x in (losses_BT, jnp.ones_like(losses_BT), bytes_BT)]
         )
 
-    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config.model, mesh))
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_all(config, mesh))
     batch = Batch(*[in_use(mesh, "BT")] * len(Batch._fields))
     return jax.jit(step, in_shardings=(params, batch), out_shardings=replicated(mesh))
 
@@ -73,7 +74,7 @@ def evaluate(
     totals = {}
     for name, rows in splits.items():
         num_batches = min(max_batches or rows.num_batches, rows.num_batches)
-        make = functools.partial(batch_at, rows=rows, which=local_rows(mesh, rows.batch_size))
+        make = functools.partial(rows.batch_at, which=local_rows(mesh, rows.batch_size))
         sums = []
         with closing(prefetch(make, 0, num_batches, prefetched, request)) as batches:
             for batch in batches:

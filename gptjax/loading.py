@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import ConfigError, DataConfig, GPTConfig, MeshConfig
+from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, MeshConfig
 from gptjax.hf import is_hf, load_hf, read_hf_config
-from gptjax.model import Params, abstract_params
+from gptjax.model import Params
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer, make_tokenizer
+from gptjax.tuning import abstract_all, merged
 
 # Fields of a model that say how it is computed or trained, not what it predicts.
 CHOICES = {
@@ -25,6 +26,9 @@ CHOICES = {
     "attention",
     "remat",
     "loss_piece",
+    "head",
+    "num_labels",
+    "bidirectional",
 }
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "*.model")
 
@@ -73,10 +77,50 @@ def read_model(where: Path) -> tuple[GPTConfig, Tokenizer | None]:
 
 
 def load_params(where: Path, config: GPTConfig, mesh: Mesh, step: int | None = None) -> Params:
-    """The parameters of a run or folder on a mesh, for a model that `check_origin` allows."""
-    if not is_hf(where):
-        return Checkpoints(where).restore_params(abstract_params(config, mesh), step)
-    return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1]
+    """The parameters of a run or folder on a mesh, for a model that `check_origin` allows; with the
+    head that is there, if it is another. Adapters are merged.
+    """
+    if is_hf(where):
+        return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1]
+    run, _ = read_run(where)
+    there = replace(config, head=run.model.head, num_labels=run.model.num_labels)
+    run = replace(run, model=there)
+    return merged(Checkpoints(where).restore_params(abstract_all(run, mesh), step), run)
+
+
+def with_head(params: Params, fresh: Params, *, same: bool) -> Params:
+    """The parameters with a fresh head, but for its norm, and fresh adapters; a head of the `same`
+    kind they keep.
+    """
+    labels = () if same else ("label", "label_bias")
+    kept = {
+        name: leaf if name in labels else params["head"].get(name, leaf)
+        for name, leaf in fresh["head"].items()
+    }
+    return params | fresh | {"head": kept}
+
+
+def take_over(config: Config, where: Path) -> Config:
+    """The config with the model and the tokenizer of a run or folder, where it says nothing of
+    them but how to compute and what to predict.
+
+    Raises:
+      CheckpointError: if there is none, or it cannot be read.
+    """
+    origin, tokenizer = read_model(where)
+    names = {field.name for field in dataclasses.fields(GPTConfig)} - CHOICES
+    names -= {"vocab_size", "context_size"}
+    model, plain = config.model, GPTConfig()
+    if all(getattr(model, name) == getattr(plain, name) for name in names):
+        own = {name: getattr(model, name) for name in CHOICES - {"vocab_multiple"}}
+        if origin.positions == "rope" and model.context_size != plain.context_size:
+            own["context_size"] = model.context_size
+        model = replace(origin, **own)
+    data = config.data
+    if data.tokenizer == "bytes" and tokenizer and tokenizer.kind != "bytes":
+        folder = where if is_hf(where) else where / "tokenizer"
+        data = replace(data, tokenizer=str(folder))
+    return replace(config, model=model, data=data)
 
 
 def check_origin(where: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
@@ -101,6 +145,8 @@ def check_origin(where: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPTCon
         for name, theirs, ours in pairs
         if _effective(origin, name) != _effective(config, name)
     ]
+    if origin.head != "lm" and config.head == "lm" and not config.tied_embedding:
+        differences.append(f"model.head is {origin.head!r} there, so it has no unembedding")
     if its_tokenizer and its_tokenizer.fingerprint != tokenizer.fingerprint:
         differences.append(
             f"the tokenizer is of kind {its_tokenizer.kind!r} with fingerprint "

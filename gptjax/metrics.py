@@ -58,6 +58,7 @@ def flops_per_token(config: GPTConfig) -> float:
     """
     size = config.sizes
     D, N, K, H, F, V, L, T = (size[letter] for letter in "DNKHFVLP")
+    V = V if config.head == "lm" else size["C"]
     block = 2 * D * (N + K) * H + (3 if config.activation == "swiglu" else 2) * D * F
     keys = L / len(config.windows) * sum(min(window or T, T) for window in config.windows)
     return 6 * (L * block + V * D) + 12 * N * H * keys
@@ -109,6 +110,9 @@ SHOWN = {
     "train/loss": "loss {:.4f}",
     "eval/loss": "eval loss {:.4f}",
     "eval/bits_per_byte": "bits per byte {:.4f}",
+    "eval/accuracy": "accuracy {:.4f}",
+    "eval/micro_f1": "micro F1 {:.4f}",
+    "eval/f1": "F1 {:.4f}",
     "train/learning_rate": "lr {:.1e}",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
     "perf/mfu": "mfu {:.1%}",

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax.attention import Mask, attend, attend_cache, choose
+from gptjax.attention import UNSEEN, Mask, attend, attend_cache, choose
 from gptjax.config import GPTConfig
-from gptjax.data import Batch
+from gptjax.data import WORD_BITS, Batch
 from gptjax.sharding import constrain, gather, stored
 
 Params = dict[str, Any]
@@ -255,14 +255,34 @@ class Head(Layer):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, T, D], [V, D] -> the normalised stream and the unembedding to multiply it with."""
+        """[B, T, D], [V, D] -> the normalised stream and the unembedding to multiply it with; of a
+        head of labels that is the embedding in any case.
+        """
         if self.config.norm_place == "before":
             x_BTD = Norm(self.config, name="norm")(x_BTD)
-        if self.config.tied_embedding:
+        if self.config.tied_embedding or self.config.head != "lm":
             return x_BTD, gather(embedding_VD.astype(self.config.compute_dtype), "VD")
         return x_BTD, self.weight(
             "unembedding", "VD", nn.initializers.normal(self.config.initial_scale)
         )
+
+
+class LabelHead(Layer):
+    """What a head says that is no token: a logit for each label, or of a span for its beginning
+    and its end.
+    """
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D], as `Head` normalised it -> [B, T, C], float32."""
+        init = nn.initializers.normal(self.config.initial_scale)
+        logits_BTC = jnp.einsum(
+            "BTD,DC->BTC",
+            x_BTD,
+            self.weight("label", "DC", init),
+            preferred_element_type=jnp.float32,
+        )
+        return logits_BTC + self.weight("label_bias", "C") if self.config.bias else logits_BTC
 
 
 def residual_scale(config: GPTConfig) -> float:
@@ -367,8 +387,10 @@ def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
     )
     unembedding_VD = jnp.zeros((config.sizes["V"], config.width))
     # A head without a norm whose unembedding is the embedding has no parameters.
-    head = {"params": {}} | Head(config).init(head_key, x_BTD, unembedding_VD)
-    return {"embedding": embedding, "blocks": blocks, "head": head["params"]}
+    head = ({"params": {}} | Head(config).init(head_key, x_BTD, unembedding_VD))["params"]
+    if config.head != "lm":
+        head |= LabelHead(config).init(head_key, x_BTD)["params"]
+    return {"embedding": embedding, "blocks": blocks, "head": head}
 
 
 # --- the stack -----------------------------------------------------------------------------------
@@ -465,7 +487,7 @@ def forward(
     run: Callable = scan_blocks,
     only: jax.Array | int | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Logits of the next token at every position.
+    """Logits of the next token at every position, or of the labels that the head has.
 
     Args:
       params: as `init_params` makes them.
@@ -482,8 +504,8 @@ def forward(
       run: who runs the stack; a cache always unrolls it.
       only: the one index of T whose logits are wanted, as when a prompt is read; None: all.
     Returns:
-      logits_BTV, float32, V = vocab_size (T is 1 with `only`); and the cache with these tokens
-      added, or None without one.
+      logits_BTV, float32, V = vocab_size (T is 1 with `only`), or logits_BTC of labels; and the
+      cache with these tokens added, or None without one.
     """
     config = _resolved(config)
     x_BTD, unembedding_VD, cache = _hidden(
@@ -491,6 +513,8 @@ def forward(
     )
     if only is not None:
         x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, only, 1, axis=1)
+    if config.head != "lm":
+        return LabelHead(config).apply({"params": params["head"]}, x_BTD), cache
     logits_BTV = _logits(x_BTD, unembedding_VD, config)
     return logits_BTV[..., : config.vocab_size], cache
 
@@ -504,6 +528,7 @@ def token_losses(
     run: Callable = scan_blocks,
 ) -> jax.Array:
     """The negative log-likelihood of each target, in nats: losses_BT, float32, not weighted.
+    What targets are for which head, `tasks.Encoded` says.
 
     Computed in pieces of T, so that the logits of all positions never exist at once;
     differentiable.
@@ -512,6 +537,9 @@ def token_losses(
     x_BTD, unembedding_VD, _ = _hidden(
         params, batch.tokens_BT, config, batch.positions_BT, batch.segments_BT, None, key, run
     )
+    if config.head != "lm":
+        logits_BTC = LabelHead(config).apply({"params": params["head"]}, x_BTD)
+        return label_losses(logits_BTC, batch, config)
     pieces = _pieces(x_BTD, batch.targets_BT, config=config)
 
     @jax.checkpoint
@@ -528,17 +556,33 @@ def weighted_loss(
     *,
     key: jax.Array | None = None,
     run: Callable = scan_blocks,
+    smoothing: float = 0.0,
+    lm_weights_BT: jax.Array | None = None,
 ) -> jax.Array:
     """The sum of weights x losses over the batch, in nats: what training minimises.
 
-    Equal to `(batch.weights_BT * token_losses(...)).sum()`, but its gradient costs three products
-    with the unembedding instead of four: they are made in the forward pass, while the logits of a
-    piece of T exist.
+    Of lm equal to `(batch.weights_BT * token_losses(...)).sum()`, but its gradient costs three
+    products with the unembedding instead of four: they are made in the forward pass, while the
+    logits of a piece of T exist.
+
+    Args:
+      smoothing: share of each label's target that all labels get alike (Szegedy et al. 2016,
+        section 7).
+      lm_weights_BT: of a head of labels, the weights with which the loss of the token that follows
+        is added (Radford et al. 2018, equation 5).
     """
     config = _resolved(config)
     x_BTD, unembedding_VD, _ = _hidden(
         params, batch.tokens_BT, config, batch.positions_BT, batch.segments_BT, None, key, run
     )
+    if config.head != "lm":
+        logits_BTC = LabelHead(config).apply({"params": params["head"]}, x_BTD)
+        losses_BT = label_losses(logits_BTC, batch, config, smoothing)
+        loss = (batch.weights_BT * losses_BT).sum()
+        if lm_weights_BT is None:
+            return loss
+        following_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
+        return loss + _unembed_loss(x_BTD, unembedding_VD, following_BT, lm_weights_BT, config)
     return _unembed_loss(x_BTD, unembedding_VD, batch.targets_BT, batch.weights_BT, config)
 
 
@@ -550,7 +594,7 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
     if positions_BT is None:
         start = 0 if cache is None else cache.positions_BS.max(axis=1, keepdims=True) + 1
         positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    mask = Mask(segments_BT=segments_BT)
+    mask = Mask(segments_BT=segments_BT, causal=not config.bidirectional)
     if isinstance(params["blocks"], tuple):
         run = unroll_blocks
     if cache is not None:
@@ -609,6 +653,52 @@ def init_cache(config: GPTConfig, batch_size: int, num_slots: int) -> KVCache:
 
 
 # --- the loss ------------------------------------------------------------------------------------
+
+
+def label_losses(
+    logits_BTC: jax.Array, batch: Batch, config: GPTConfig, smoothing: float = 0.0
+) -> jax.Array:
+    """The losses of a head of labels at each position, in nats, [B, T]."""
+    match config.head:
+        case "label":
+            return _class_losses(logits_BTC, batch.targets_BT, smoothing)
+        case "labels":
+            return _label_set_losses(logits_BTC, batch.targets_BT, smoothing)
+        case "span":
+            return _span_losses(logits_BTC, batch.targets_BT, batch.segments_BT)
+    raise AssertionError(config.head)
+
+
+def _class_losses(logits_BTC: jax.Array, targets_BT: jax.Array, smoothing: float) -> jax.Array:
+    logprobs_BTC = jax.nn.log_softmax(logits_BTC)
+    hit_BTC = targets_BT[..., None] == jnp.arange(logits_BTC.shape[-1])
+    losses_BT = -jnp.where(hit_BTC, logprobs_BTC, 0).sum(-1)
+    return (1 - smoothing) * losses_BT - smoothing * logprobs_BTC.mean(-1)
+
+
+def _label_set_losses(logits_BTC: jax.Array, targets_BT: jax.Array, smoothing: float) -> jax.Array:
+    """The sum over the labels, of which each is there or not. Those past the first word of bits
+    have theirs at the positions before.
+    """
+    C = logits_BTC.shape[-1]
+    words_BTW = jnp.stack(
+        [jnp.roll(targets_BT, number, axis=1) for number in range(-(-C // WORD_BITS))], axis=-1
+    )
+    label = jnp.arange(C)
+    there_BTC = words_BTW[..., label // WORD_BITS] >> (label % WORD_BITS) & 1
+    share_BTC = there_BTC * (1 - smoothing) + smoothing / 2
+    return (jax.nn.softplus(logits_BTC) - share_BTC * logits_BTC).sum(-1)
+
+
+def _span_losses(logits_BTC: jax.Array, targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Of bit 1, that the passage begins here and nowhere else in the segment; of bit 2, that it
+    ends here; of both, their mean.
+    """
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    seen_BTTC = jnp.where(same_BTT[..., None], logits_BTC[:, None], UNSEEN)
+    losses_BTC = jax.nn.logsumexp(seen_BTTC, axis=2) - logits_BTC
+    bits_BTC = targets_BT[..., None] >> jnp.arange(2) & 1
+    return (bits_BTC * losses_BTC).sum(-1) / jnp.maximum(bits_BTC.sum(-1), 1)
 
 
 def _logits(x_BTD: jax.Array, unembedding_VD: jax.Array, config: GPTConfig) -> jax.Array:

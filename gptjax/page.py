@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import to_json
-from gptjax.report import MOST_LISTED, PARTS, Goodput, Run, facts, shares
+from gptjax.outcome import read_outcome, tables
+from gptjax.report import FIGURES, MOST_LISTED, PARTS, Goodput, Run, facts, shares
 
 
 def write_page(run: Run) -> Path:
@@ -68,6 +69,9 @@ def page(run: Run) -> str:
         + f"<br>{_text(said.get('on', ''))}<br>as of {_when(time.time())}</p>",
         _tiles(run, said),
     ]
+    if outcome := read_outcome(run.run_dir, run.config):
+        for title, rows in tables(outcome, run.config.task.labels):
+            body += [f"<h2>{_text(title)}</h2>", _table(rows)]
     if run.goodput:
         body += ["<h2>What the time went to</h2>", _time_table(run.goodput)]
     body += ["<h2>Curves</h2>", _charts(run)]
@@ -149,6 +153,14 @@ def _time_table(found: Goodput) -> str:
     )
 
 
+def _table(rows: list[list[str]]) -> str:
+    """A table whose first row is its header."""
+    header, *rest = rows
+    head = "".join(f"<th>{_text(text)}" for text in header)
+    body = "".join(f"<tr>{''.join(f'<td>{_text(text)}</td>' for text in row)}</tr>" for row in rest)
+    return f"<div class='card wide'><table><tr>{head}</tr>{body}</table></div>"
+
+
 def _attempt_table(found: Goodput) -> str:
     rows = [
         f"<tr><td class=n>{number:,}</td><td>{_when(one.began)}</td>"
@@ -200,6 +212,7 @@ def _charts(run: Run) -> str:
     losses.sort(key=lambda name: (name != "train/loss", name != "eval/loss", name))
     charts = [
         ("loss, nats per token", losses, False),
+        ("figures of the task", list(FIGURES), False),
         ("learning rate", ["train/learning_rate"], False),
         ("norm of the gradient", ["train/grad_norm"], True),
         ("tokens per second", ["perf/tokens_per_second"], False),

@@ -61,6 +61,11 @@ def refuse_prompts(
       others: more that is wrong.
     """
     problems = list(others)
+    if config.head != "lm":
+        problems.append(
+            f"the model has a head of kind {config.head!r}, which writes no text: give a model "
+            "whose head is lm, or ask for predictions with gptjax predict RUN FILE --out FILE"
+        )
     if not prompts:
         problems.append("no prompt was given: give at least one")
     for row, prompt in enumerate(prompts):

@@ -184,6 +184,11 @@ FREE = {
     "keep_last",
     "keep_every",
     "tensorboard",
+    "task.test",
+    "task.epochs",  # which `steps` come from
+    "task.patience",
+    "task.words",
+    "task.score",
 }
 FREE_SECTIONS = ("mesh.", "sample.", "guard.")
 # What changes the numbers of the steps to come, and leaves the state and the order of batches what
@@ -196,6 +201,9 @@ NUMBERS = {
     "guard.spike_grad_norm",
     "guard.max_spikes",
     "guard.rollback_after",
+    "tune.layer_decay",
+    "task.label_smoothing",
+    "task.lm_weight",
 }
 NUMBERS_SECTIONS = ("optimizer.",)
 # Judged by what lies behind the run.
@@ -237,7 +245,8 @@ def changes_of(
     before: Config, config: Config, step: int, rollbacks: Sequence[Rollback] = ()
 ) -> list[Change]:
     """All fields that differ, of a run whose state is that of a step, with its rollbacks."""
-    if not before.data.path and not before.data.mixture:  # converted: it has seen no text yet
+    bare = not before.data.path and not before.data.mixture and before.task.kind is None
+    if bare:  # converted: it has seen no text yet
         before = replace(config, model=before.model)
     old, new = dict(_fields(before)), dict(_fields(config))
     changes = [
@@ -274,7 +283,8 @@ def _kind(name: str, before: Config, config: Config, step: int) -> Kind:
         return "config"
     if name in FREE or name.startswith(FREE_SECTIONS):
         return "free"
-    return "data" if name in {f"data.{field}" for field in CONTENT} else "fatal"
+    content = {f"data.{field}" for field in CONTENT} | {"task.train", "task.valid"}
+    return "data" if name in content else "fatal"
 
 
 def _passed_over(skip: tuple[tuple[int, int], ...], step: int) -> tuple[tuple[int, int], ...]:

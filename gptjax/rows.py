@@ -46,6 +46,11 @@ def load_rows(config: Config, tokenizer: Tokenizer) -> tuple[Rows, dict[str, Row
     Raises:
       DataError: for text or stores that cannot be used.
     """
+    if config.task.kind is not None:
+        raise DataError(
+            f"task.kind = {config.task.kind!r}: such a run has no token store, it reads the "
+            "examples of task.train; look at these, or at RUN/said"
+        )
     if jax.process_index() == 0:
         at("prepare")
         stores = _load_stores(config, tokenizer, progress=True)

@@ -14,9 +14,19 @@ from jax.sharding import Mesh
 from gptjax.config import Config
 from gptjax.data import Batch
 from gptjax.guard import Recent, judge, no_recent
-from gptjax.model import Params, abstract_params, init_params, param_letters, resolve, weighted_loss
+from gptjax.model import Params, resolve, weighted_loss
 from gptjax.optim import learning_rate, make_optimizer
 from gptjax.sharding import constrain_stored, in_use, replicated
+from gptjax.tuning import (
+    abstract_all,
+    abstract_trained,
+    init_all,
+    joined,
+    merged,
+    rates,
+    trained,
+    trained_letters,
+)
 
 
 class TrainState(NamedTuple):
@@ -31,8 +41,9 @@ class TrainState(NamedTuple):
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    params = init_params(config.model, key)
-    opt_state = make_optimizer(config.optimizer, param_letters(config.model)).init(params)
+    params = init_all(config, key)
+    optimizer = make_optimizer(config.optimizer, trained_letters(config))
+    opt_state = optimizer.init(trained(params, config))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, opt_state, skipped=zero, recent=no_recent())
 
@@ -40,19 +51,19 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on a mesh; nothing is allocated.
 
-    Moments lie as their parameters do; everything else is on every device.
+    Moments, which only parameters that are trained have, lie as these do; everything else is on
+    every device.
     """
     shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
-    params = abstract_params(config.model, mesh)
+    params = abstract_all(config, mesh)
     everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
-    like_params = jax.tree.structure(params)
+    placed = {jax.tree.structure(tree): tree for tree in (params, abstract_trained(params, config))}
 
     def place(node: Any) -> Any:
-        if jax.tree.structure(node) == like_params:
-            return params
-        return everywhere(node.shape, node.dtype)
+        known = placed.get(jax.tree.structure(node))
+        return everywhere(node.shape, node.dtype) if known is None else known
 
-    return jax.tree.map(place, shapes, is_leaf=lambda node: jax.tree.structure(node) == like_params)
+    return jax.tree.map(place, shapes, is_leaf=lambda node: jax.tree.structure(node) in placed)
 
 
 def jit_init_state(config: Config, mesh: Mesh) -> Callable[[jax.Array], TrainState]:
@@ -86,21 +97,24 @@ def train_step(
     Returns:
       the next state, and scalars under the names of metrics.jsonl.
     """
-    letters = param_letters(config.model)
+    letters = trained_letters(config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     loss, grads = loss_and_grads(state.params, batch, config, key)
     grads = jax.tree.map(constrain_stored, grads, letters)
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(config, state.step)
     taken, recent = judge(state.recent, loss, grad_norm, state.step, config)
+    part = trained(state.params, config)
     direction, opt_state = make_optimizer(config.optimizer, letters).update(
-        grads, state.opt_state, state.params, taken=taken
+        grads, state.opt_state, part, taken=taken
     )
-    params = jax.tree.map(
-        lambda value, change: jnp.where(taken, value - rate * change, value),
-        state.params,
+    part = jax.tree.map(
+        lambda value, change, scale: jnp.where(taken, value - rate * scale * change, value),
+        part,
         direction,
+        rates(part, config),
     )
+    params = joined(state.params, part, config)
     skipped = jnp.where(taken, 0, state.skipped + 1)
     metrics = {
         "train/loss": loss,
@@ -116,29 +130,47 @@ def train_step(
 def loss_and_grads(
     params: Params, batch: Batch, config: Config, key: jax.Array
 ) -> tuple[jax.Array, Params]:
-    """The mean loss of a batch over its weights, and its gradient, computed in `config.accumulate`
-    parts.
+    """The mean loss of a batch over its weights, and its gradient by what is trained, computed in
+    `config.accumulate` parts; of a task with an `lm_weight`, so much of the mean loss of the token
+    that follows more.
     """
-    total = batch.weights_BT.sum()
+    task, total = config.task, batch.weights_BT.sum()
     weights_BT = batch.weights_BT / jnp.where(total == 0, 1, total)  # a batch of padding alone: 0
     batch = batch._replace(weights_BT=weights_BT)
+    lm_weights_BT = following_weights(batch) * task.lm_weight if task.lm_weight else None
     part_loss = jax.value_and_grad(
-        lambda params, part, key: weighted_loss(params, part, config.model, key=key)
+        lambda tuned, part, key: weighted_loss(
+            merged(joined(params, tuned, config), config),
+            part[0],
+            config.model,
+            key=key,
+            smoothing=task.label_smoothing,
+            lm_weights_BT=part[1],
+        )
     )
+    whole, tuned = (batch, lm_weights_BT), trained(params, config)
     if config.accumulate == 1:
-        return part_loss(params, batch, key=key)
+        return part_loss(tuned, whole, key=key)
 
-    def add(total: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
+    def add(total: tuple, part: tuple[Any, jax.Array]) -> tuple[tuple, None]:
         return jax.tree.map(
-            jnp.add, total, part_loss(params, part[0], key=jax.random.fold_in(key, part[1]))
+            jnp.add, total, part_loss(tuned, part[0], key=jax.random.fold_in(key, part[1]))
         ), None
 
     # A part takes its rows from every device: rows a, a + A, a + 2A, ... so that none moves.
     parts = jax.tree.map(
-        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), whole
     )
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, tuned))
     return jax.lax.scan(add, zeros, (parts, jnp.arange(config.accumulate)))[0]
+
+
+def following_weights(batch: Batch) -> jax.Array:
+    """Weights that are alike wherever the next token is of the same segment, and 1 together."""
+    segments_BT = batch.segments_BT
+    same_BT = (segments_BT == jnp.roll(segments_BT, -1, axis=1)) & (segments_BT > 0)
+    same_BT = same_BT.at[:, -1].set(False)
+    return same_BT / jnp.maximum(same_BT.sum(), 1)
 
 
 def batch_hash(batch: Batch) -> jax.Array:

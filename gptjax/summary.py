@@ -17,19 +17,40 @@ from gptjax.data import (
     Exclusion,
     Rows,
 )
-from gptjax.model import abstract_params, resolve
+from gptjax.model import resolve
+from gptjax.tuning import abstract_all, abstract_trained
 
 
-def describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: dict[str, Rows]) -> str:
-    """What is about to run, in a few lines."""
+def describe(config: Config, mesh: Mesh, reason: str, data: str) -> str:
+    """What is about to run, in a few lines.
+
+    Args:
+      reason: for the attention that it has.
+      data: what it sees, as `describe_text` or a task says.
+    """
     device = mesh.devices.flat[0]
     model, _ = resolve(config.model, device.platform)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model, mesh)))
+    params = abstract_all(config, mesh)
+    num_params, num_trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (params, abstract_trained(params, config))
+    )
+    part = "" if num_trained == num_params else f", {num_trained:,} of them trained"
     axes = (
         " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         or "one device"
     )
-    steps = f"{config.steps:,} steps of {config.batch_size * model.context_size:,} tokens"
+    return (
+        f"model      {num_params:,} parameters{part}, {model.compute_dtype} compute, "
+        f"attention {model.attention} ({reason})\n"
+        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
+        f"data       {data}"
+    )
+
+
+def describe_text(config: Config, train: Rows, valid: dict[str, Rows]) -> str:
+    """The text that a run sees."""
+    steps = f"{config.steps:,} steps of {config.batch_size * config.model.context_size:,} tokens"
     read = train.rows_read(config.steps)
     stores = []
     for i, member in enumerate(train.members):
@@ -46,15 +67,8 @@ def describe(config: Config, mesh: Mesh, reason: str, train: Rows, valid: dict[s
             f"           {member.name:{width}}  {share:>6} of the rows, {store}"
             for member, share, store in zip(train.members, shares, stores, strict=True)
         ]
-        data = "\n".join([f"a mixture, in {steps}", *lines])
-    else:
-        data = f"{stores[0]} in {steps}"
-    return (
-        f"model      {num_params:,} parameters, {model.compute_dtype} compute, "
-        f"attention {model.attention} ({reason})\n"
-        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
-        f"data       {data}"
-    )
+        return "\n".join([f"a mixture, in {steps}", *lines])
+    return f"{stores[0]} in {steps}"
 
 
 def left_out(exclusions: tuple[Exclusion, ...]) -> str:
@@ -62,12 +76,12 @@ def left_out(exclusions: tuple[Exclusion, ...]) -> str:
     return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
 
 
-def summary(lines: list[dict[str, float]], run_dir: Path) -> str:
-    """The figures of a finished run, and its folders."""
+def summary(lines: list[dict[str, float]], run_dir: Path, *, best: int | None = None) -> str:
+    """The figures of a finished run, and its folders; of a task those of its best step."""
     evaluation = next((line for line in reversed(lines) if "eval/loss" in line), None)
     speeds = [line["perf/tokens_per_second"] for line in lines if "perf/tokens_per_second" in line]
     figures = []
-    if evaluation:
+    if evaluation and "eval/bits_per_byte" in evaluation:
         figures.append(
             f"result     validation loss {evaluation['eval/loss']:.4f} nats per token, "
             f"{evaluation['eval/bits_per_byte']:.4f} bits per byte, at step {evaluation['step']:,}"
@@ -78,15 +92,31 @@ def summary(lines: list[dict[str, float]], run_dir: Path) -> str:
             f"{evaluation[f'eval/{name}/bits_per_byte']:.4f} bits per byte: {name}"
             for name in names
         ]
+    elif evaluation:
+        chosen = next(line for line in lines if line["step"] == (best or evaluation["step"]))
+        figures += _task_figures("eval", f"validation, at step {chosen['step']:,}", chosen)
+        figures += _task_figures("test", "test, with the parameters of that step", lines[-1])
     if speeds:
         figures.append(f"speed      {statistics.median(speeds):,.0f} tokens per second")
     return "\n".join(
         [
             *figures,
             f"run        {run_dir}: config.json, metrics.jsonl, checkpoints/, tokenizer/",
-            f"next       gptjax generate {run_dir} --prompt TEXT",
+            f"next       gptjax generate {run_dir} --prompt TEXT"
+            if not evaluation or "eval/bits_per_byte" in evaluation
+            else f"next       gptjax predict {run_dir} FILE --out FILE",
         ]
     )
+
+
+def _task_figures(prefix: str, what: str, line: dict[str, float]) -> list[str]:
+    """The figures of a line whose names begin so, if there are any."""
+    found = [
+        f"{name.partition('/')[2]} {value:.4f}"
+        for name, value in line.items()
+        if name.startswith(f"{prefix}/")
+    ]
+    return [f"result     {', '.join(found)}; {what}"] if found else []
 
 
 def versions(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -8,24 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock, DeviceWatch
-from gptjax.config import Config, ConfigError, check
+from gptjax.config import Config
 from gptjax.data import (
     Batch,
     Rollback,
     Rows,
-    batch_at,
-    check_epochs,
-    exclude,
     pass_over,
     prefetch,
     read_rollbacks,
@@ -37,32 +32,39 @@ from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
-from gptjax.loading import check_origin, load_params
+from gptjax.integrity import NotFiniteError
+from gptjax.labelled import (
+    NO_BEST,
+    Best,
+    best_by,
+    best_of,
+    figures_of,
+    jit_label_step,
+    predict,
+    write_said,
+)
+from gptjax.loading import load_params, read_model, with_head
 from gptjax.metrics import Log, read_metrics
-from gptjax.model import Params, resolve
+from gptjax.model import Params
+from gptjax.ready import Ready, make_ready
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
 from gptjax.resume import (
     NOTHING_ALLOWED,
     Allowed,
     Origin,
     begin_fork,
-    changes_of,
-    data_changes,
-    data_of,
-    find_past,
     keep_past,
-    refuse_changes,
-    told,
     write_changes,
 )
-from gptjax.rows import load_rows, take_up, with_vocabulary
+from gptjax.rows import take_up
 from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sampling import Sampling
-from gptjax.sharding import local_rows, make_mesh, to_devices
+from gptjax.sharding import local_rows, to_devices
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state, with_params
 from gptjax.stop import Interrupted, Leaving, Stop
-from gptjax.summary import describe, left_out, summary, versions
-from gptjax.tokenizer import Tokenizer, make_tokenizer
+from gptjax.summary import summary, versions
+from gptjax.tasks import ExampleRows
+from gptjax.tuning import abstract_all, merged
 from gptjax.watchdog import Watchdog
 
 
@@ -180,33 +182,8 @@ def _fit(
     watchdog: Watchdog,
 ) -> TrainState:
     """As `fit`, in a run directory that is this run's alone."""
-    check(config, jax.device_count())
-    tokenizer = make_tokenizer(config.data)
-    past = find_past(run_dir, tokenizer, fork_from)
-    model = config.model
-    if past and model.vocab_size is None:
-        model = replace(model, vocab_size=past.config.model.vocab_size)
-    elif config.init_from and not past:
-        model = check_origin(Path(config.init_from), model, tokenizer)
-    config = replace(config, model=with_vocabulary(model, tokenizer))
-    mesh = make_mesh(config.mesh)
-    check(config, mesh.size)
-    changes = (
-        changes_of(past.config, config, past.step, read_rollbacks(past.run_dir)) if past else []
-    )
-    refuse_changes(changes, past, allowed)
-    if past and past.forks and past.step >= config.steps:
-        raise ConfigError(
-            f"steps = {config.steps:,}, but the fork begins after step {past.step:,}: give more"
-        )
-    _, reason = resolve(config.model, mesh.devices.flat[0].platform)
-    with events.spent.of("data_preparation"):
-        train_rows, valid_splits = load_rows(config, tokenizer)
-    data = data_of(train_rows, valid_splits)
-    other_data = data_changes(past.run_dir, data) if past else []
-    refuse_changes(other_data, past, allowed, what="data")
-    check_epochs(train_rows, config.steps)
-    first = jax.process_index() == 0
+    ready = make_ready(config, run_dir, allowed, fork_from, events)
+    config, past, first = ready.config, ready.past, jax.process_index() == 0
     if first and past and past.forks:
         begin_fork(run_dir, past)
     with Checkpoints(
@@ -221,13 +198,12 @@ def _fit(
         if start is None:
             start = past.step if past else 0
         exclusions = take_up(run_dir, start)
-        rollbacks = read_rollbacks(run_dir)
-        train_rows = pass_over(exclude(train_rows, exclusions), rollbacks)
-        events.start(start, **versions(config, mesh))
-        write_changes(events if first else Events(None), start, changes, other_data, past)
+        ready = ready.passing_over(exclusions, run_dir)
+        events.start(start, **versions(config, ready.mesh))
         if first:
-            keep_past(run_dir, config, start, data)
-            save_run(run_dir, config, tokenizer)
+            write_changes(events, start, ready.changes, ready.data_changes, past)
+            keep_past(run_dir, config, start, ready.contents)
+            save_run(run_dir, config, ready.tokenizer)
             if exclusions:
                 write_exclusions(run_dir, exclusions)
         with Log(
@@ -237,64 +213,52 @@ def _fit(
             tensorboard=config.tensorboard,
             enabled=first,
         ) as log:
-            log.say(describe(config, mesh, reason, train_rows, valid_splits))
-            if exclusions:
-                log.say(f"left out   {left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
-            if changes:
-                log.say(told(changes, past, config))
-            for change in other_data:
-                log.say(f"--- changed since step {past.step:,}: {change}")
-            run = _Run(
-                config,
-                mesh,
-                tokenizer,
-                train_rows,
-                valid_splits,
-                checkpoints,
-                log,
-                events,
-                stop,
-                watchdog,
-                run_dir,
-                rollbacks,
-                past.ancestry[0] if past and past.ancestry else None,
-            )
+            for line in ready.first_lines(exclusions, run_dir):
+                log.say(line)
+            run = _Run(ready, run_dir, checkpoints, log, events, stop, watchdog)
             with watchdog.telling():
-                if start < config.steps:
-                    with watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
-                        compiling = thread.submit(run.compile)
-                        state = run.start(start)  # meanwhile
-                        with events.spent.of("compile"):
-                            step_fn = compiling.result()
-                    run.evaluate_late(state.params, start)
-                    state = run.train_back_and_forth(state, start, step_fn)
-                else:
-                    with watchdog.phase("start"):
-                        state = run.start(start)
-                    run.evaluate_late(state.params, start)
-                stop.all_is_saved()
-                run.finish(state, run_dir)
-    return state
+                return run.go(start)
 
 
-@dataclasses.dataclass
 class _Run:
     """What the phases of a run share."""
 
-    config: Config
-    mesh: Mesh
-    tokenizer: Tokenizer
-    rows: Rows
-    valid_splits: dict[str, Rows]
-    checkpoints: Checkpoints
-    log: Log
-    events: Events
-    stop: Stop
-    watchdog: Watchdog
-    run_dir: Path
-    rollbacks: tuple[Rollback, ...]
-    origin: Origin | None  # of a fork
-    comparer: Comparer | None = None  # of the state's copies; None: there are none to compare
+    def __init__(
+        self,
+        ready: Ready,
+        run_dir: Path,
+        checkpoints: Checkpoints,
+        log: Log,
+        events: Events,
+        stop: Stop,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config, self.mesh, self.tokenizer = ready.config, ready.mesh, ready.tokenizer
+        self.rows, self.valid_splits = ready.rows, ready.valid_splits
+        self.labelled, self.origin = ready.labelled, ready.origin
+        self.run_dir, self.checkpoints, self.log = run_dir, checkpoints, log
+        self.events, self.stop, self.watchdog = events, stop, watchdog
+        self.rollbacks = read_rollbacks(run_dir)
+        self.best = self.find_best()  # step of a task
+        self.comparer: Comparer | None = None  # of the state's copies; None: there are none
+
+    def go(self, start: int) -> TrainState:
+        """From a step to the end."""
+        if start >= self.config.steps or self.is_over:
+            with self.watchdog.phase("start"):
+                state = self.start(start)
+            self.evaluate_late(state.params, start)
+        else:
+            with self.watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
+                compiling = thread.submit(self.compile)
+                state = self.start(start)  # meanwhile
+                with self.events.spent.of("compile"):
+                    step_fn = compiling.result()
+            self.evaluate_late(state.params, start)
+            state = self.train_back_and_forth(state, start, step_fn)
+        self.stop.all_is_saved()
+        self.finish(state)
+        return state
 
     def compile(self) -> Callable:
         """The step, compiled; and what saving and the comparison of copies need."""
@@ -328,7 +292,19 @@ class _Run:
                 return state
             origin = Path(self.config.init_from)
             self.log.say(f"begun      with the parameters of {origin}")
-            return with_params(state, lambda: load_params(origin, self.config.model, self.mesh))
+            return with_params(state, self.origin_params(origin, state.params))
+
+    def origin_params(self, origin: Path, params: Params) -> Callable[[], Params]:
+        """What reads the parameters that the run begins with; of its own it keeps adapters, and a
+        head of labels, unless there is the same.
+        """
+        model, mesh = self.config.model, self.mesh
+        own = {name: params[name] for name in ("head", "lora") if name in params}
+        if model.head == "lm" and "lora" not in own:
+            return lambda: load_params(origin, model, mesh)
+        there, fresh = read_model(origin)[0], jax.tree.map(jax.numpy.copy, own)
+        same = (there.head, there.num_labels) == (model.head, model.num_labels)
+        return lambda: with_head(load_params(origin, model, mesh), fresh, same=same)
 
     def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on, and those after each rollback."""
@@ -348,8 +324,8 @@ class _Run:
         Raises:
           DivergenceError: if the run has gone back as often as it may.
         """
-        safe = self.tell_safe()
-        start = self.checkpoints.latest_valid() or 0
+        found, safe = self.find_safe()
+        start = found or 0
         if len(self.rollbacks) >= self.config.guard.max_rollbacks:
             raise DivergenceError(
                 f"the updates of {skipped} steps in a row were skipped, up to step {step:,}, and "
@@ -372,6 +348,7 @@ class _Run:
             f"rollback   from step {step:,} to step {start:,}, past batches {batches[0]:,} to "
             f"{batches[1]:,}, as {self.run_dir / 'rollbacks.json'} lists"
         )
+        self.best = self.find_best()
         return start
 
     def train(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
@@ -382,7 +359,7 @@ class _Run:
         which = local_rows(self.mesh, config.batch_size)
 
         def make(step: int) -> Batch:
-            batch = batch_at(step, rows, which=which)
+            batch = rows.batch_at(step, which=which)
             if at("batch_read"):
                 batch = batch._replace(weights_BT=np.full_like(batch.weights_BT, np.nan))
             return to_devices(self.mesh, batch, config.batch_size)
@@ -419,17 +396,20 @@ class _Run:
                 if evaluates or saves:  # before the next step takes the state's memory
                     taken = self.record(*waiting, clock, state.params if evaluates else None)
                     waiting = None
+                    owed |= self.best.step == step
                     self.events.progress()  # so that is known what steps up to here took
                     # While updates are skipped the newest checkpoint stays one from before.
                     if owed and taken and not last:  # the last one is waited for, below
                         self.save(step, state)
                         owed = False
                     clock.restart(step)
+                    if self.is_over:
+                        break
             if waiting:
                 self.record(*waiting, clock)
             if step > start:
                 self.save(step, state, wait=True)
-        if step < config.steps:
+        if step < config.steps and not self.is_over:
             raise Interrupted(
                 f"by {self.stop.asked} after step {step:,}, which is saved: "
                 "the same command goes on"
@@ -484,7 +464,9 @@ class _Run:
         if evaluated is not None or ends or _due(step, self.config.log_every):
             metrics |= clock.read(step)
             if evaluated is not None:
-                metrics |= self.evaluate(evaluated) or {}
+                figures = self.evaluate(evaluated) or {}
+                metrics |= figures
+                self.compare(step, figures)
             self.log.write(step, metrics)
         return taken
 
@@ -496,17 +478,23 @@ class _Run:
             raise ReplicaError(
                 f"the copies of the state on different devices differ after step {step:,}: "
                 f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
-                f"Nothing of it is saved, and {self.tell_safe()}: the same command goes on, better "
-                "without that device; --guard.cross-check-every None compares no more"
+                f"Nothing of it is saved, and {self.find_safe()[1]}: the same command goes on, "
+                "better without that device; --guard.cross-check-every None compares no more"
             )
 
-    def tell_safe(self) -> str:
-        """Which checkpoint is from before what went wrong, once what is being saved is saved."""
-        self.checkpoints.wait()
-        step = self.checkpoints.latest()
+    def find_safe(self) -> tuple[int | None, str]:
+        """The newest checkpoint from before what went wrong, once what is being saved is saved, and
+        words for it. That a save has failed must not hide what went wrong.
+        """
+        failed = ""
+        try:
+            self.checkpoints.wait()
+        except (OSError, NotFiniteError) as error:
+            failed = f", and the save that was under way failed: {error}"
+        step = self.checkpoints.latest_valid()
         if step is None:
-            return "there is no checkpoint yet"
-        return f"the newest checkpoint, of step {step:,}, is from before"
+            return None, f"there is no checkpoint yet{failed}"
+        return step, f"the newest checkpoint, of step {step:,}, is from before{failed}"
 
     def tell_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """Tell that an update was skipped, and of which batch; go back, or stop, if it is one too
@@ -537,7 +525,7 @@ class _Run:
             raise DivergenceError(
                 f"the loss or its gradient was not finite for {skipped} steps "
                 f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
-                f"warm-up, or go on from an earlier checkpoint; {self.tell_safe()}"
+                f"warm-up, or go on from an earlier checkpoint; {self.find_safe()[1]}"
             )
 
     def evaluate_late(self, params: Params, step: int) -> None:
@@ -552,35 +540,100 @@ class _Run:
             owed = bool(multihost_utils.broadcast_one_to_all(np.array(owed)))
         if owed and (figures := self.evaluate(params)):
             self.log.amend(step, figures)
+            self.compare(step, figures)
+
+    # --- the best step of a task ---
+
+    def find_best(self) -> Best:
+        """The best of the steps that were done."""
+        if self.labelled is None:
+            return NO_BEST
+        best = NO_BEST
+        if jax.process_index() == 0:
+            best = best_of(read_metrics(self.run_dir), self.config)
+        if jax.process_count() > 1:
+            step, figure, since = multihost_utils.broadcast_one_to_all(
+                np.array([best.step or 0, best.figure, best.since])
+            ).tolist()
+            best = Best(int(step) or None, figure, int(since))
+        self.checkpoints.keep(best.step)
+        return best
+
+    def compare(self, step: int, figures: dict[str, float]) -> None:
+        """Remember a step that is better than all before, whose checkpoint is to stay."""
+        name, sign = best_by(self.config)
+        if self.labelled and name in figures:
+            self.best = self.best.then(step, figures[name], sign)
+            self.checkpoints.keep(self.best.step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether so many evaluations were no better that the run ends before its last step."""
+        patience = self.config.task.patience
+        return self.labelled is not None and patience is not None and self.best.since >= patience
 
     @functools.cached_property
     def eval_step(self) -> Callable:
         return jit_eval_step(self.config, self.mesh, self.tokenizer.bytes_per_token)
 
+    @functools.cached_property
+    def label_step(self) -> Callable:
+        return jit_label_step(self.config, self.mesh)
+
     def evaluate(self, params: Params) -> dict[str, float] | None:
-        """The loss on the validation split, or on as much of it as the config says; None if the run
-        is to stop.
+        """The loss on the validation split, or on as much of it as the config says, and a task's
+        figures; None if the run is to stop.
         """
         at("evaluate")
         with (
             self.watchdog.phase("evaluate"),
             self.events.phase("evaluation", step=self.events.step),
         ):
-            return evaluate(
-                params,
-                self.valid_splits,
-                self.eval_step,
-                self.mesh,
-                max_batches=self.config.eval_batches,
-                begin=self.stop.begin,
-                request=self.stop.request,
-            )
+            if self.config.model.head != "lm":
+                return self.figures(params, "valid", "eval")
+            return self.losses(params, self.valid_splits)
 
-    def finish(self, state: TrainState, run_dir: Path) -> None:
-        """Say what came of it: a sample, the last figures, and where everything lies."""
+    def losses(
+        self, params: Params, splits: dict[str, Rows | ExampleRows]
+    ) -> dict[str, float] | None:
+        """The losses on some splits; None if the run is to stop."""
+        return evaluate(
+            params,
+            splits,
+            self.eval_step,
+            self.mesh,
+            max_batches=self.config.eval_batches,
+            begin=self.stop.begin,
+            request=self.stop.request,
+        )
+
+    def figures(
+        self, params: Params, name: str, prefix: str, folder: Path | None = None
+    ) -> dict[str, float] | None:
+        """The figures of a task on one of its splits; None if the run is to stop. What was said is
+        written to a folder, if one is given.
+        """
+        task, split = self.labelled.task, self.labelled.splits[name]
+        begin, request = self.stop.begin, self.stop.request
+        said = predict(
+            params, task, split, self.label_step, self.mesh, begin=begin, request=request
+        )
+        if said is None:
+            return None
+        if folder and jax.process_index() == 0:
+            write_said(folder, name, split.examples, said)
+        figures = figures_of(task, split.examples, said)
+        return {f"{prefix}/{name}": value for name, value in figures.items()}
+
+    def finish(self, state: TrainState) -> None:
+        """Say what came of it: a sample, or the figures of a test split; the last figures, and
+        where everything lies.
+        """
         config, sample = self.config, self.config.sample
         at("sample")
-        if sample.max_tokens:
+        if self.labelled:
+            self.conclude(state)
+        if sample.max_tokens and not self.labelled:
             prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
             sampling = Sampling(
                 max_tokens=sample.max_tokens,
@@ -591,11 +644,35 @@ class _Run:
             key = jax.random.key(config.seed)
             end = self.tokenizer.end
             with self.events.phase("sample"):
-                (tokens,) = generate(state.params, [prompt], config.model, sampling, key, end=end)
+                params = merged(state.params, config)
+                (tokens,) = generate(params, [prompt], config.model, sampling, key, end=end)
             text = sample.prompt + self.tokenizer.decode(tokens)
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
-            self.log.say(summary(read_metrics(run_dir), run_dir))
+            lines = read_metrics(self.run_dir)
+            best = self.best.step if self.labelled else None
+            self.log.say(summary(lines, self.run_dir, best=best))
+
+    def conclude(self, state: TrainState) -> None:
+        """Keep what the best step says of the validation and the test split, and log the figures of
+        the latter.
+        """
+        params, last, best = state.params, int(state.step), self.best.step
+        if best not in (None, last) and best in self.checkpoints.steps():
+            like = abstract_all(self.config, self.mesh)
+            params = self.checkpoints.restore_params(like, best)
+        with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
+            figures, folder = None, self.run_dir / "said"
+            labels, splits = self.config.model.head != "lm", self.labelled.splits
+            if labels and "valid" in splits:
+                self.figures(params, "valid", "eval", folder)
+            if labels and "test" in splits:
+                figures = self.figures(params, "test", "test", folder)
+            elif "test" in splits:
+                figures = self.losses(params, {"": splits["test"].rows}) or {}
+                figures = {f"test/{name[5:]}": value for name, value in figures.items()}
+        if figures:
+            self.log.amend(last, figures)
 
 
 def _due(step: int, every: int | None) -> bool:

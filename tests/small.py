@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from gptjax.config import Config, GPTConfig, OptimizerConfig
+from gptjax.config import Config, GPTConfig, OptimizerConfig, TuneConfig
 from gptjax.data import Batch
 from gptjax.model import init_params
 from gptjax.sharding import make_mesh, to_devices
@@ -72,8 +72,8 @@ def random_batch(config: Config, seed: int = 0) -> Batch:
 
 
 @functools.cache
-def _first_state(model: GPTConfig, optimizer: OptimizerConfig) -> TrainState:
-    config = Config(model=model, optimizer=optimizer)
+def first_state(model: GPTConfig, optimizer: OptimizerConfig, tune: TuneConfig) -> TrainState:
+    config = Config(model=model, optimizer=optimizer, tune=tune)
     return jax.device_get(jax.jit(lambda: init_state(config, jax.random.key(config.seed)))())
 
 
@@ -83,7 +83,7 @@ def run_steps(
     """Metrics of the first steps on a mesh of that many devices, and the state after them."""
     mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    state = jax.device_put(_first_state(config.model, config.optimizer), shardings)
+    state = jax.device_put(first_state(config.model, config.optimizer, config.tune), shardings)
     step = jit_train_step(config, mesh)
     metrics = []
     for seed in range(num_steps):

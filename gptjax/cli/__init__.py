@@ -13,8 +13,10 @@ import traceback
 from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
+from gptjax.cli.chatting import Chat, chat
 from gptjax.cli.convert import Convert, Export, convert, export
 from gptjax.cli.corpora import Prepare, prepare
+from gptjax.cli.evaluating import Evaluate, evaluate, read_task
 from gptjax.cli.generating import Generate, Predict, generate, predict
 from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
 from gptjax.cli.ledger import Data, data
@@ -39,6 +41,8 @@ VERBS = {
     "train": (train, Train),
     "generate": (generate, Generate),
     "predict": (predict, Predict),
+    "evaluate": (evaluate, Evaluate),
+    "chat": (chat, Chat),
     "inspect": (inspect, Inspect),
     "prune": (prune, Prune),
     "report": (report, Report),
@@ -116,6 +120,8 @@ def run_verb(arguments: Sequence[str]) -> None:
     default, placeholder = options(), PLACEHOLDERS.get(verb, "RUN")
     if target and hasattr(default, "config"):
         default = dataclasses.replace(default, config=load_experiment(target))
+    if target and options is Evaluate:
+        default = dataclasses.replace(default, task=read_task(target))
     if options is Prepare and "--beam" in rest:
         place = rest.index("--beam")
         default = dataclasses.replace(default, beam=tuple(rest[place + 1 :]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from gptjax.cli.evaluating import predict_file
 from gptjax.cli.runs import load_model, token_text
 from gptjax.config import (
     ConfigError,
@@ -68,11 +69,19 @@ class Generate:
 
 @dataclass(frozen=True)
 class Predict:
-    """Print the likeliest tokens after a text, by the model of the run directory RUN."""
+    """Print the likeliest tokens after a text, by the model of the run directory RUN; or with --out
+    write what a run on a task says of each example of a file.
+    """
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = ""
     top: Count = 10  # tokens that are printed
-    step: Whole | None = None  # of the checkpoint; None: the newest
+    # TEXT is a file of the kind that the run learnt from, labels or not; here come its predictions,
+    # a line of JSON for each example. The same command goes on with a file that is not whole
+    out: str | None = None
+    batch_size: Count = 16  # with --out: rows, or texts, at a time
+    max_tokens: Count = 64  # with --out: of a text that is written
+    # of the checkpoint; None: the newest, or with --out the best
+    step: Whole | None = None
     debug: bool = False  # show the traceback of an error
 
 
@@ -192,7 +201,17 @@ def _ids(prompt: str, tokenizer: "Tokenizer") -> list[int]:
 
 
 def predict(run_dir: str, given: Predict) -> None:
-    """Print the likeliest next tokens, with their probabilities as bars."""
+    """Print the likeliest next tokens, with their probabilities as bars; or see `predict_file`."""
+    if given.out is not None:
+        predict_file(
+            run_dir,
+            given.text,
+            given.out,
+            step=given.step,
+            batch_size=given.batch_size,
+            max_tokens=given.max_tokens,
+        )
+        return
     import numpy as np
 
     from gptjax.decoding import next_token_logits

@@ -1,6 +1,7 @@
 """The verb that makes a run: `gptjax train`."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +38,26 @@ class Train:
     allow_data_change: bool = False  # go on though the text is another than the run began with
     # RUN@STEP or RUN: begin as that run was after that step, or the latest; --run-dir is a new one
     fork_from: str | None = None
+    # train so many times, with `seed` and those that follow it, each in a folder of the run
+    # directory, and print the mean and the deviation of the figures
+    seeds: Count = 1
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
 def train(experiment: str, given: Train) -> None:
     """Train, on all devices of all processes."""
-    run_dir = Path(given.run_dir or Path("runs", given.config.name))
-    refuse_busy(run_dir)
+    whole = Path(given.run_dir or Path("runs", given.config.name))
+    configs = {whole: given.config}
+    if given.seeds > 1:
+        seeds = range(given.config.seed, given.config.seed + given.seeds)
+        configs = {
+            whole / f"seed-{seed}": dataclasses.replace(given.config, seed=seed) for seed in seeds
+        }
+    for run_dir in configs:
+        refuse_busy(run_dir)
     _join_processes(given)
+    from gptjax.outcome import over_seeds
     from gptjax.resume import Allowed, Origin
     from gptjax.train import fit
 
@@ -54,17 +66,40 @@ def train(experiment: str, given: Train) -> None:
         run, at, step = given.fork_from.rpartition("@")
         known = bool(at) and step.isdecimal()
         fork_from = Origin(Path(run), int(step)) if known else Origin(Path(given.fork_from), None)
-    fit(
-        given.config,
-        run_dir,
-        allowed=Allowed(given.allow_config_change, given.allow_data_change),
-        fork_from=fork_from,
-        began=process_began(),
-    )
+    for run_dir, config in configs.items():
+        fit(
+            config,
+            run_dir,
+            allowed=Allowed(given.allow_config_change, given.allow_data_change),
+            fork_from=fork_from,
+            began=process_began(),
+        )
+        if config.task.kind:
+            _write_reports(run_dir)
+    if given.seeds > 1:
+        print(over_seeds(list(configs), given.config), file=sys.stderr)
+
+
+def _write_reports(run_dir: Path) -> None:
+    """Of a task that was learnt: its figures and errors as pages."""
+    import jax
+
+    from gptjax.outcome import read_outcome, write_markdown
+    from gptjax.page import write_page
+    from gptjax.report import read
+
+    if jax.process_index() > 0:
+        return
+    run = read(run_dir)
+    if outcome := read_outcome(run_dir, run.config):
+        pages = write_markdown(run_dir, run.config, outcome), write_page(run)
+        print(f"report     {pages[0]}, {pages[1]}", file=sys.stderr)
 
 
 def launch_problems(given: Train) -> Iterator[str]:
     """The violations of the rules between the options of `train` that are not of the config."""
+    if given.seeds > 1 and given.fork_from:
+        yield f"seeds = {given.seeds} and --fork-from exclude each other: give one of them"
     launch = (given.coordinator, given.num_processes, given.process_id)
     if launch == (None, None, None):
         return
@@ -108,13 +143,13 @@ def load_model(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "
     """The parameters of a checkpoint on one device, with their model and tokenizer."""
     import jax
 
-    from gptjax.checkpoint import Checkpoints
-    from gptjax.model import abstract_params, resolve
+    from gptjax.loading import load_params
+    from gptjax.model import resolve
     from gptjax.rundir import read_run
     from gptjax.sharding import make_mesh
 
     config, tokenizer = read_run(Path(run_dir))
     devices = jax.devices()[:1]
     model, _ = resolve(config.model, devices[0].platform)
-    like = abstract_params(model, make_mesh(MeshConfig(), devices))
-    return Checkpoints(Path(run_dir)).restore_params(like, step), model, tokenizer
+    mesh = make_mesh(MeshConfig(), devices)
+    return load_params(Path(run_dir), model, mesh, step), model, tokenizer

@@ -151,6 +151,7 @@ def _original_obstacles(config: GPTConfig) -> Iterator[str]:
     """What none of the architectures with learned positions holds."""
     yield from _differs(
         config,
+        head=("lm",),
         positions=("learned",),
         norm=("layernorm",),
         activation=("gelu", "gelu_exact", "relu", "silu"),
@@ -461,6 +462,7 @@ def _write_llama(config: GPTConfig) -> dict[str, Any]:
 def _rotary_obstacles(config: GPTConfig) -> Iterator[str]:
     yield from _differs(
         config,
+        head=("lm",),
         positions=("rope",),
         norm=("rmsnorm",),
         norm_place=("before",),

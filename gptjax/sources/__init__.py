@@ -1,7 +1,7 @@
 """Whatever holds text, to records: files of many kinds, URLs, data sets on disk, functions."""
 
-from gptjax.sources.finding import find_sources
-from gptjax.sources.opening import Fingerprint
+from gptjax.sources.finding import expand, find_sources
+from gptjax.sources.opening import Fingerprint, needed, open_bytes, packing_of
 from gptjax.sources.records import PIECE_BYTES, DataError, OnBad, Record, records_of
 from gptjax.sources.source import Source
 
@@ -12,6 +12,10 @@ __all__ = [
     "OnBad",
     "Record",
     "Source",
+    "expand",
     "find_sources",
+    "needed",
+    "open_bytes",
+    "packing_of",
     "records_of",
 ]

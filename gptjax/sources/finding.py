@@ -42,7 +42,7 @@ def find_sources(config: DataConfig, field: Literal["path", "valid_path"] = "pat
             "such as --data.path input.txt"
         )
     excluded = re.compile("|".join(map(fnmatch.translate, config.exclude)) or r"(?!)")
-    found = [source for given in paths for source in _expand(given, label, config)]
+    found = [source for given in paths for source in expand(given, label, config)]
     kept = [
         one for one in found if not (excluded.match(one.name) or excluded.match(f"/{one.name}"))
     ]
@@ -57,7 +57,8 @@ def find_sources(config: DataConfig, field: Literal["path", "valid_path"] = "pat
     return list(unique.values())
 
 
-def _expand(given: str, label: str, config: DataConfig) -> list[Source]:
+def expand(given: str, label: str, config: DataConfig) -> list[Source]:
+    """The sources that one path names; `label` is the field that errors name."""
     if given.startswith("tfds:"):
         return [_tfds_source(given, label, config)]
     if is_url(given):

@@ -1,0 +1,98 @@
+"""The verb of a dialogue: `gptjax chat`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptjax.cli.runs import load_model
+from gptjax.config import ConfigError, Count, NotNegative, Probability, Whole
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gptjax.tasks.dialogue import Dialogues, Message
+    from gptjax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to the run RUN, which has learnt dialogue; a line is a message, Ctrl-D ends it."""
+
+    system: str = ""  # message that sets the scene; empty: none
+    max_tokens: Count = 200  # of a reply
+    temperature: NotNegative = 0.8  # 0: always the likeliest token
+    top_k: Count | None = None  # choose among the k likeliest
+    top_p: Probability | None = None  # among the likeliest that have this probability together
+    seed: Whole = 0  # of the draws
+    step: Whole | None = None  # of the checkpoint; None: the newest
+    debug: bool = False  # show the traceback of an error
+
+
+def chat(run_dir: str, given: Chat) -> None:
+    """Print a reply to each line of standard input, as it comes."""
+    import jax
+
+    from gptjax.decoding import stream_text
+    from gptjax.prefill import prepare
+    from gptjax.rundir import read_run
+    from gptjax.sampling import Sampling
+    from gptjax.tasks import make_task
+    from gptjax.tasks.dialogue import Message
+
+    config = read_run(Path(run_dir))[0]
+    if config.task.kind != "dialogue":
+        raise ConfigError(
+            f"{run_dir} has not learnt dialogue, its task.kind is {config.task.kind!r}: give a run "
+            "of experiments/finetune.py:chat, or use gptjax generate"
+        )
+    params, model, tokenizer = load_model(run_dir, given.step)
+    task, params = make_task(config.task), prepare(params, model)
+    sampling = Sampling(
+        max_tokens=min(given.max_tokens, model.context_size // 2),
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+    )
+    messages = [Message("system", given.system)] if given.system else []
+    for number, line in enumerate(_lines()):
+        messages.append(Message("user", line))
+        ids = fitting_ids(task, messages, tokenizer, model.context_size - sampling.max_tokens)
+        key, reply = jax.random.fold_in(jax.random.key(given.seed), number), ""
+        for text in stream_text(
+            params, ids.tolist(), model, sampling, key, end=tokenizer.end, tokenizer=tokenizer
+        ):
+            print(text, end="", flush=True)
+            reply += text
+        print(flush=True)
+        messages.append(Message("assistant", reply))
+
+
+def fitting_ids(
+    task: "Dialogues", messages: "list[Message]", tokenizer: "Tokenizer", most: int
+) -> "np.ndarray":
+    """The ids after which the assistant replies, of as many of the last messages as fit; those of
+    the system stay.
+    """
+    first = sum(one.role == "system" for one in messages)
+    scene, said = messages[:first], messages[first:]
+    while True:
+        ids = task.prompt_ids([*scene, *said], tokenizer)
+        if len(ids) <= most or len(said) < 2:
+            return ids
+        said = said[1:]
+
+
+def _lines() -> Iterator[str]:
+    """The lines of standard input that say something; on a terminal after a sign that one is
+    awaited.
+    """
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

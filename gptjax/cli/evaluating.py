@@ -1,0 +1,231 @@
+"""The verbs of labelled tasks: `gptjax evaluate`, and `gptjax predict RUN FILE --out FILE`."""
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gptjax.config import (
+    Config,
+    ConfigError,
+    Count,
+    MeshConfig,
+    TaskConfig,
+    TuneConfig,
+    Whole,
+    from_json,
+)
+
+if TYPE_CHECKING:
+    from gptjax.prompting import Asking
+    from gptjax.tasks import Prediction, Problems, Task
+
+CHUNK = 1024  # examples that predictions are made of at a time
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Print how well the run RUN does a task: by its head, or asked in words if that is lm."""
+
+    split: Literal["valid", "test", "train"] = "valid"  # whose files are read
+    shots: Whole = 0  # of a task asked in words: examples of task.train that come before
+    seed: Whole = 0  # of their draw
+    limit: Count | None = None  # read so many examples, the first; None: all
+    batch_size: Count = 16  # rows, or texts, at a time
+    max_tokens: Count = 64  # of a text that is written
+    beams: Count = 1  # of a text that is written; 1: always the likeliest token
+    step: Whole | None = None  # of the checkpoint; None: the best of a task's run, or the newest
+    out: str | None = None  # file of what was said of each example, as lines of JSON
+    task: TaskConfig = field(default_factory=TaskConfig)
+    debug: bool = False  # show the traceback of an error
+
+
+def evaluate(run_dir: str, given: Evaluate) -> None:
+    """Print the task's figures, and the interval of the one that it is measured by."""
+    from gptjax.tasks import Problems
+    from gptjax.tasks.metrics import bootstrap, figure_of
+
+    config = task_config(run_dir, given.task)
+    paths = getattr(config.task, given.split)
+    if not paths:
+        raise ConfigError(f"task.{given.split} is empty: give --task.{given.split} FILE")
+    problems = Problems(config.task.on_bad_example, f"task.{given.split}")
+    task, training = _task_of(config, given.shots)
+    examples = list(itertools.islice(task.read(paths, problems), given.limit))
+    problems.refuse()
+    if not task.labels:
+        task = task.fitted(examples)
+    said = _Speaker(run_dir, config, task, given.step, _asking(given), training)
+    predictions = said.of(examples, problems)
+    pairs = [pair for pair in zip(examples, predictions, strict=True) if pair[1] is not None]
+    for line in problems.lines():
+        print(line)
+    if not pairs:
+        raise ConfigError(f"task.{given.split}: no example is left that a row holds")
+    examples, predictions = map(list, zip(*pairs, strict=True))
+    if given.out:
+        _write_lines(Path(given.out), examples, predictions, "w")
+    print(f"{len(examples):,} examples of task.{given.split}, at step {said.step:,}{said.about}")
+    name, parts = task.measure(examples, predictions)
+    for figure, value in task.metrics(examples, predictions).items():
+        interval = ""
+        if figure == name and parts is not None:
+            low, high = bootstrap(parts, figure_of(name))
+            interval = f"  (95 % of resamples: {low:.4f} to {high:.4f})"
+        print(f"{figure:16} {value:.4f}{interval}")
+
+
+def predict_file(
+    run_dir: str, path: str, out: str, *, step: int | None, batch_size: int, max_tokens: int
+) -> None:
+    """Write what the run says of each example of a file, a chunk at a time; what is written already
+    is not said again.
+    """
+    from gptjax.prompting import Asking
+    from gptjax.tasks import Problems
+
+    config = task_config(run_dir)
+    problems = Problems(config.task.on_bad_example, path)
+    task, _ = _task_of(config, 0)
+    examples = iter(task.read((path,), problems, labelled=False))
+    done = _whole_lines(Path(out))
+    if sum(1 for _ in itertools.islice(examples, done)) < done:
+        raise ConfigError(
+            f"--out {out} has {done:,} lines, more than {path} has examples: give another --out"
+        )
+    how = Asking(batch_size=batch_size, max_tokens=max_tokens)
+    said = _Speaker(run_dir, config, task, step, how, ())
+    before = done
+    while chunk := list(itertools.islice(examples, CHUNK)):
+        predictions = said.of(chunk, problems)
+        problems.refuse()
+        _write_lines(Path(out), chunk, predictions, "a")
+        done += len(chunk)
+    problems.refuse()
+    for line in problems.lines():
+        print(line)
+    resumed = f", {before:,} of them before" if before else ""
+    print(f"{done:,} examples of {path}{resumed}: {out}")
+
+
+def read_task(run_dir: str) -> TaskConfig:
+    """The task of a run, from its config alone."""
+    path = Path(run_dir, "config.json")
+    return from_json(path.read_text()).task if path.is_file() else TaskConfig()
+
+
+def task_config(run_dir: str, task: TaskConfig | None = None) -> Config:
+    """The config of a run, with another task if one is given.
+
+    Raises:
+      ConfigError: if there is no task.
+    """
+    from gptjax.rundir import read_run
+
+    config = read_run(Path(run_dir))[0]
+    config = replace(config, task=task or config.task)
+    if config.task.kind is None:
+        raise ConfigError(
+            f"{run_dir} is of no task: give --task.kind, such as --task.kind classify, and files"
+        )
+    return config
+
+
+class _Speaker:
+    """What a run says of examples, by its head or in words."""
+
+    def __init__(
+        self,
+        run_dir: str,
+        config: Config,
+        task: "Task",
+        step: int | None,
+        how: "Asking",
+        training: Sequence[Any],
+    ):
+        """Read the parameters; of a step, or of the best that there is."""
+        import jax
+
+        from gptjax.checkpoint import Checkpoints
+        from gptjax.labelled import best_of, jit_label_step, with_head_of
+        from gptjax.loading import load_params
+        from gptjax.metrics import read_metrics
+        from gptjax.model import resolve
+        from gptjax.prompting import Model
+        from gptjax.rundir import read_run
+        from gptjax.sharding import make_mesh
+
+        _, tokenizer = read_run(Path(run_dir))
+        checkpoints, devices = Checkpoints(Path(run_dir)), jax.devices()[:1]
+        best = best_of(read_metrics(Path(run_dir)), config).step
+        if step is None and best in checkpoints.steps():
+            step = best
+        self.step = checkpoints.stored(step).step
+        self.by_head = config.model.head != "lm"
+        if self.by_head:
+            config = with_head_of(config, task)
+        config = replace(config, batch_size=how.batch_size)
+        config = replace(config, model=resolve(config.model, devices[0].platform)[0])
+        self.mesh = make_mesh(MeshConfig(), devices)
+        params = load_params(Path(run_dir), config.model, self.mesh, self.step)
+        config = replace(config, tune=TuneConfig())  # what it trained is merged
+        self.config, self.task, self.how, self.training = config, task, how, training
+        self.model = Model(params, config.model, tokenizer)
+        self.label_step = jit_label_step(config, self.mesh) if self.by_head else None
+        self.about = ""
+
+    def of(self, examples: list[Any], problems: "Problems") -> "list[Prediction | None]":
+        """What is said of each; None of one that is too long."""
+        from gptjax.labelled import make_split, predict
+        from gptjax.prompting import ask
+
+        if not self.by_head:
+            answers = ask(self.model, self.task, examples, self.training, self.how)
+            self.about = f", after {answers.shots:.4g} examples" if self.how.shots else ""
+            return answers.predictions
+        split = make_split(
+            self.config, self.task, examples, self.model.tokenizer, problems, labelled=False
+        )
+        params = self.model.params
+        return predict(params, self.task, split, self.label_step, self.mesh).predictions
+
+
+def _asking(given: Evaluate) -> "Asking":
+    from gptjax.prompting import Asking
+
+    return Asking(given.shots, given.seed, given.batch_size, given.max_tokens, given.beams)
+
+
+def _task_of(config: Config, shots: int) -> "tuple[Task, list[Any]]":
+    """The task with its labels, and the training examples, if they are needed."""
+    from gptjax.tasks import Problems, make_task
+
+    task, examples = make_task(config.task), []
+    if config.task.train and (shots or not task.labels):
+        problems = Problems(config.task.on_bad_example, "task.train")
+        examples = list(task.read(config.task.train, problems))
+        problems.refuse()
+        task = task.fitted(examples)
+    return task, examples
+
+
+def _whole_lines(path: Path) -> int:
+    """How many lines of a file are whole; what was being written when a process was killed goes."""
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    return content.count(b"\n")
+
+
+def _write_lines(
+    path: Path, examples: Iterable[Any], predictions: "Iterable[Prediction | None]", mode: str
+) -> None:
+    """A line of JSON for each example: where it was read, and what was said."""
+    with path.open(mode, encoding="utf-8") as file:
+        for example, said in zip(examples, predictions, strict=True):
+            line = {"where": example.where} | ({"too_long": True} if said is None else said)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

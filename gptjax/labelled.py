@@ -1,0 +1,322 @@
+"""The labelled examples that a config names: as rows to train on, and what a model says of them."""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax.config import Config, ConfigError
+from gptjax.data import Batch, prefetch
+from gptjax.model import Params, forward, label_losses, resolve
+from gptjax.sharding import in_use, local_rows, replicated, to_devices
+from gptjax.tasks import ExampleRows, Prediction, Problems, Task, encode_examples, make_task
+from gptjax.tasks.entities import Tagged
+from gptjax.tasks.packing import check_examples
+from gptjax.tasks.questions import Question
+from gptjax.tokenizer import Tokenizer
+from gptjax.tuning import abstract_all, merged
+
+
+class Split(NamedTuple):
+    """Examples, and the rows that they are in."""
+
+    examples: list[Any]
+    rows: ExampleRows
+
+
+class Labelled(NamedTuple):
+    """What a run on a task reads."""
+
+    task: Task
+    splits: dict[str, Split]  # train, valid, test; those that the config names
+    problems: dict[str, Problems]  # of each
+
+
+def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelled]:
+    """The examples of a task, and the config with what follows from them: the labels, the head that
+    says them, and the steps of so many epochs. Every process reads all of them.
+
+    Raises:
+      DataError: for records that cannot be used, if they are not to be left out.
+      ConfigError: if the model has another head.
+    """
+    task, splits, found = make_task(config.task), {}, {}
+    for name in ("train", "valid", "test"):
+        if not (paths := getattr(config.task, name)):
+            continue
+        problems = found[name] = Problems(config.task.on_bad_example, f"task.{name}")
+        examples = list(task.read(paths, problems))
+        problems.refuse()
+        if name == "train":
+            task = task.fitted(examples)
+        splits[name] = make_split(config, task, examples, tokenizer, problems)
+    config = with_head_of(config, task)
+    if config.task.epochs is not None:
+        rows = splits["train"].rows
+        steps = max(round(config.task.epochs * rows.num_rows / rows.batch_size), 1)
+        config = replace(config, steps=steps)
+    return config, Labelled(task, splits, found)
+
+
+def make_split(
+    config: Config,
+    task: Task,
+    examples: list[Any],
+    tokenizer: Tokenizer,
+    problems: Problems,
+    *,
+    labelled: bool = True,
+) -> Split:
+    """Examples in rows: those of task.train in an order for training, all others once each.
+
+    Raises:
+      DataError: if none is left, or one is too long that is not to be left out.
+    """
+    to_learn = problems.split == "task.train"
+    size, vocab_size = config.model.context_size, config.model.vocab_size
+    encoded = encode_examples(task, examples, tokenizer, size, problems, to_learn=to_learn)
+    problems.refuse()
+    if labelled:
+        check_examples(encoded, problems.split)
+    known = vocab_size is None or tokenizer.pad < vocab_size
+    rows = ExampleRows(
+        encoded=encoded,
+        context_size=size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=to_learn and config.data.shuffle,
+        pad=tokenizer.pad if known else tokenizer.end,
+        once=not to_learn,
+        skip=config.data.skip if to_learn else (),
+    )
+    return Split(examples, rows)
+
+
+def with_head_of(config: Config, task: Task) -> Config:
+    """The config with the labels of a task, and a model whose head says them.
+
+    Raises:
+      ConfigError: if the model has another head, or another number of labels.
+    """
+    head = "labels" if task.head == "label" and task.several else task.head
+    num_labels = len(task.labels) if task.head == "label" else None
+    model = config.model
+    if model.head not in ("lm", head) or model.num_labels not in (None, num_labels):
+        raise ConfigError(
+            f"model.head = {model.head!r} with model.num_labels = {model.num_labels}, but the task "
+            f"has a head of kind {head!r} with {num_labels} labels: leave both out, or give these"
+        )
+    model = replace(model, head=head, num_labels=num_labels)
+    return replace(config, model=model, task=replace(config.task, labels=task.labels))
+
+
+def describe_examples(config: Config, labelled: Labelled) -> str:
+    """What a run on a task sees, and what is wrong with it, in a few lines."""
+    lines, rows = [], labelled.splits["train"].rows
+    labels = f", {len(labelled.task.labels):,} labels" if labelled.task.labels else ""
+    for name, split in labelled.splits.items():
+        share = split.rows.num_tokens / max(split.rows.num_rows * split.rows.context_size, 1)
+        lines.append(
+            f"{len(split.examples):,} examples of task.{name} in {split.rows.num_rows:,} rows, "
+            f"{share:.0%} full"
+        )
+    lines[0] += (
+        f", {rows.epochs(config.steps):.2f} epochs in {config.steps:,} steps of "
+        f"{config.batch_size:,} rows{labels}"
+    )
+    for name, problems in labelled.problems.items():
+        lines += [f"task.{name}: {line.strip()}" for line in problems.lines()]
+    return "\n           ".join(lines)
+
+
+def contents_of(labelled: Labelled) -> dict[str, Any]:
+    """What tells whether the examples are the same, as `resume.data_of` has it of text."""
+    kept = {}
+    for name in ("train", "valid"):
+        split, digest = labelled.splits.get(name), hashlib.sha256()
+        for column in split.rows.encoded if split else ():
+            digest.update(np.ascontiguousarray(column).tobytes())
+        kept[name] = {} if split is None else {
+            "examples": {
+                "sha256": digest.hexdigest(),
+                "documents": len(split.examples),
+                "tokens": split.rows.num_tokens,
+                "sources": [],
+            }
+        }  # fmt: skip
+    return kept
+
+
+# --- what a model says ---------------------------------------------------------------------------
+
+
+def jit_label_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], tuple]:
+    """A compiled function of params and a batch: the logits [B, T, C] on every device, and the sums
+    of weights x losses and of weights.
+    """
+    model = resolve(config.model, mesh.devices.flat[0].platform)[0]
+
+    def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            logits_BTC, _ = forward(
+                merged(params, config),
+                batch.tokens_BT,
+                model,
+                positions_BT=batch.positions_BT,
+                segments_BT=batch.segments_BT,
+            )
+            losses_BT = label_losses(logits_BTC, batch, model)
+        sums = [(batch.weights_BT * losses_BT).sum(), batch.weights_BT.sum()]
+        return logits_BTC, jnp.stack(sums)
+
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract_all(config, mesh))
+    batch = Batch(*[in_use(mesh, "BT")] * len(Batch._fields))
+    return jax.jit(step, in_shardings=(params, batch), out_shardings=replicated(mesh))
+
+
+class Said(NamedTuple):
+    """What a model says of a split."""
+
+    predictions: list[Prediction | None]  # of each example; None where it is too long
+    loss: float  # nats, the mean over all weights; NaN without labels
+
+
+def predict(
+    params: Params,
+    task: Task,
+    split: Split,
+    step: Callable,
+    mesh: Mesh,
+    *,
+    prefetched: int = 2,
+    begin: Callable[[], bool] = lambda: True,
+    request: Future[None] | None = None,
+) -> Said | None:
+    """What a model with the task's head says of every example.
+
+    Args:
+      params: of the model, on the mesh.
+      step: as `jit_label_step` returns it.
+      mesh: where the batches go.
+      prefetched: batches made ahead.
+      begin: asked before each batch; False ends it.
+      request: when it is done, no more batches are waited for.
+    Returns:
+      None if it was ended.
+    """
+    rows = split.rows
+    outputs: dict[int, np.ndarray] = {}
+    make = functools.partial(rows.batch_at, which=local_rows(mesh, rows.batch_size))
+    total, done = np.zeros(2), 0
+    with closing(prefetch(make, 0, rows.num_batches, prefetched, request)) as batches:
+        for batch in batches:
+            if not begin():
+                return None
+            logits_BTC, sums = jax.device_get(
+                step(params, to_devices(mesh, batch, rows.batch_size))
+            )
+            for place in rows.places_at(done, which=slice(None)):
+                outputs[place.number] = logits_BTC[place.row, place.start : place.stop].copy()
+            total, done = total + np.float64(sums), done + 1
+    if done < rows.num_batches:
+        return None
+    of_example: dict[int, list[int]] = {}
+    for number, example in enumerate(rows.encoded.example_of.tolist()):
+        of_example.setdefault(example, []).append(number)
+    predictions: list[Prediction | None] = [None] * len(split.examples)
+    for example, numbers in of_example.items():
+        windows = [rows.encoded.one(number) for number in numbers]
+        said = [outputs[number] for number in numbers]
+        predictions[example] = task.decode(split.examples[example], windows, said)
+    return Said(predictions, total[0] / total[1] if total[1] else float("nan"))
+
+
+def figures_of(task: Task, examples: Sequence[Any], said: Said) -> dict[str, float]:
+    """The task's figures over the examples that there are predictions of, and the loss."""
+    pairs = [pair for pair in zip(examples, said.predictions, strict=True) if pair[1] is not None]
+    return {"loss": said.loss} | task.metrics(*map(list, zip(*pairs, strict=True)))
+
+
+def write_said(folder: Path, name: str, examples: Sequence[Any], said: Said) -> None:
+    """Write what was said of a split, a line of JSON for each example, with what is right.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    new = folder / f"{name}.jsonl.new"
+    with new.open("w", encoding="utf-8") as file:
+        for example, one in zip(examples, said.predictions, strict=True):
+            if one is not None:
+                line = {"where": example.where, "shown": _shown(example), "right": _right(example)}
+                file.write(json.dumps(line | one, ensure_ascii=False) + "\n")
+    new.rename(folder / f"{name}.jsonl")
+
+
+def _right(example: Any) -> Sequence[str]:
+    match example:
+        case Tagged():
+            return example.tags
+        case Question():
+            return example.answers
+    return example.labels
+
+
+def _shown(example: Any) -> str:
+    match example:
+        case Tagged():
+            return " ".join(example.words)
+        case Question():
+            return example.question
+    return example.text if example.second is None else f"{example.text} / {example.second}"
+
+
+# --- the best step -------------------------------------------------------------------------------
+
+
+def best_by(config: Config) -> tuple[str, int]:
+    """The figure that the best step is chosen by; 1 if a larger one is better, or else -1."""
+    match config.task.kind:
+        case "classify":
+            return ("eval/micro_f1" if config.task.several else "eval/accuracy"), 1
+        case "entities" | "questions":
+            return "eval/f1", 1
+    return "eval/loss", -1
+
+
+class Best(NamedTuple):
+    """The best step so far."""
+
+    step: int | None = None  # None: none was evaluated
+    figure: float = float("nan")
+    since: int = 0  # evaluations after it
+
+    def then(self, step: int, figure: float, sign: int) -> "Best":
+        """The best after one more evaluation; of equals the first."""
+        if math.isnan(self.figure) or sign * figure > sign * self.figure:
+            return Best(step, figure)
+        return self._replace(since=self.since + 1)
+
+
+NO_BEST = Best()
+
+
+def best_of(lines: Iterable[dict[str, float]], config: Config) -> Best:
+    """The best of the steps that were logged."""
+    name, sign = best_by(config)
+    best = NO_BEST
+    for line in lines:
+        if name in line:
+            best = best.then(line["step"], line[name], sign)
+    return best

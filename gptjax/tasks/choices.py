@@ -1,0 +1,144 @@
+"""Questions with a few continuations to choose from, by their likelihood."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from gptjax.config import TaskConfig
+from gptjax.tasks.metrics import class_figures
+from gptjax.tasks.pairs import encode_request, named_texts
+from gptjax.tasks.problems import Problems
+from gptjax.tasks.prompts import filled, last_line
+from gptjax.tasks.records import Flaw, cell, kind_of_value, read_records, sound, text_in
+from gptjax.tasks.task import Encoded, Prediction, Request, space_between, tell_too_long
+from gptjax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Contexts and continuations of which one is right: one context and several continuations, or
+    several contexts and one continuation.
+    """
+
+    where: str
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
+    gold: int | None  # which is right, from 0
+    columns: tuple[tuple[str, str], ...]  # of its record, for the prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Which of some continuations is likeliest, or after which of some contexts one is."""
+
+    config: TaskConfig
+
+    name = "choices"
+    head: Literal["lm"] = "lm"
+    labels = ()
+    several = False
+
+    def read(
+        self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
+    ) -> Iterator[Choice]:
+        """The text may be a list: then it has the contexts, and the choices' column one text."""
+        for record in read_records(self.config, paths, problems):
+            try:
+                yield self._example(record.where, record.value, labelled)
+            except Flaw as flaw:
+                problems.bad(flaw.kind, record.where, str(flaw))
+
+    def _example(self, where: str, value: Any, labelled: bool) -> Choice:
+        config, column = self.config, self.config.text_column or "query"
+        shown = cell(value, column)
+        contexts = self._texts(shown, column) if isinstance(shown, list) else None
+        contexts = contexts or (text_in(value, column),)
+        given = [cell(value, name) for name in config.choice_columns]
+        first = given[0] if len(given) == 1 and isinstance(given[0], list) else given
+        continuations = self._texts(first, " ".join(config.choice_columns))
+        if (len(contexts) > 1) == (len(continuations) > 1):
+            raise Flaw(
+                "wrong number of choices",
+                f"{len(contexts)} contexts and {len(continuations)} continuations: one of them "
+                "must be 1, and the other more",
+            )
+        try:
+            gold = cell(value, config.label_column or "gold")
+            gold = int(gold) if isinstance(gold, str) and gold.strip().isdigit() else gold
+            most = max(len(contexts), len(continuations))
+            if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < most:
+                raise Flaw(
+                    "unknown label", f"{gold!r} is right, but choices go from 0 to {most - 1}"
+                )
+        except Flaw:
+            if labelled:
+                raise
+            gold = None
+        columns = tuple(named_texts(value).items())
+        return Choice(where, contexts, continuations, gold, columns)
+
+    def _texts(self, values: list, column: str) -> tuple[str, ...]:
+        for value in values:
+            if not isinstance(value, str):
+                raise Flaw("no text", f"{column!r} has {kind_of_value(value)}, not a string")
+            sound(value, column)
+        return tuple(values)
+
+    def fitted(self, examples: Sequence[Choice]) -> Self:
+        return self
+
+    def encode(
+        self, example: Choice, tokenizer: Tokenizer, size: int, problems: Problems
+    ) -> list[Encoded]:
+        """What is right, as a text to be written."""
+        target = None if example.gold is None else self.target(example)
+        encoded = encode_request(self.prompt(example), target, tokenizer)
+        if len(encoded.tokens) > size:
+            tell_too_long(self.config, example.where, len(encoded.tokens), size, problems)
+            return []
+        return [encoded]
+
+    def decode(
+        self, example: Choice, windows: Sequence[Encoded], outputs: Sequence[np.ndarray]
+    ) -> Prediction:
+        raise AssertionError("choices are scored, not read from a head")
+
+    def _prompt(self, example: Choice, number: int) -> str:
+        columns = dict(example.columns) | {"text": example.contexts[number]}
+        return filled(self.config.template or "{text}", columns)
+
+    def prompt(self, example: Choice) -> str:
+        right = (example.gold or 0) if len(example.contexts) > 1 else 0
+        return self._prompt(example, right)
+
+    def target(self, example: Choice) -> str:
+        return self.requests(example)[example.gold or 0].target
+
+    def requests(self, example: Choice) -> list[Request]:
+        several, bare = len(example.contexts) > 1, last_line(self.config.template or "{text}")
+        requests = []
+        for number in range(max(len(example.contexts), len(example.continuations))):
+            prompt = self._prompt(example, number if several else 0)
+            said = example.continuations[0 if several else number]
+            requests.append(Request(prompt, space_between(prompt, said) + said, bare))
+        return requests
+
+    def from_scores(self, example: Choice, scores: np.ndarray) -> Prediction:
+        return {"choice": int(np.argmax(scores)), "scores": np.asarray(scores).tolist()}
+
+    def from_text(self, example: Choice, text: str) -> Prediction:
+        raise AssertionError("choices are scored, not written")
+
+    def metrics(
+        self, examples: Sequence[Choice], predictions: Sequence[Prediction]
+    ) -> dict[str, float]:
+        truth, said = [one.gold for one in examples], [one["choice"] for one in predictions]
+        return {"accuracy": class_figures(truth, said)["accuracy"]}
+
+    def measure(
+        self, examples: Sequence[Choice], predictions: Sequence[Prediction]
+    ) -> tuple[str, np.ndarray | None]:
+        pairs = zip(examples, predictions, strict=True)
+        return "accuracy", np.array([[one.gold == said["choice"]] for one, said in pairs])

@@ -1,0 +1,254 @@
+"""Classes of a text, or of two together: one of several, or any number."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from gptjax.config import TaskConfig, did_you_mean
+from gptjax.data import WORD_BITS
+from gptjax.tasks.metrics import class_figures, label_set_figures
+from gptjax.tasks.problems import Problems
+from gptjax.tasks.prompts import filled, last_line
+from gptjax.tasks.records import Flaw, Record, cell, read_records, text_in
+from gptjax.tasks.task import (
+    Encoded,
+    Prediction,
+    Request,
+    going_on,
+    joined,
+    space_between,
+    tell_too_long,
+    windows,
+)
+from gptjax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A text, and its labels."""
+
+    where: str
+    text: str
+    second: str | None
+    labels: tuple[str, ...] | None  # one, or of several any number; None if they are not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Which label a text has; of `config.several`, which labels."""
+
+    config: TaskConfig
+    labels: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # of the labels; (): all weigh the same
+
+    name = "classify"
+    head: Literal["label"] = "label"
+
+    @property
+    def several(self) -> bool:
+        return self.config.several
+
+    def read(
+        self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
+    ) -> Iterator[Classified]:
+        for record in read_records(self.config, paths, problems):
+            try:
+                yield self._example(record, labelled)
+            except Flaw as flaw:
+                problems.bad(flaw.kind, record.where, str(flaw))
+
+    def _example(self, record: Record, labelled: bool) -> Classified:
+        config, value = self.config, record.value
+        text = text_in(value, config.text_column or "text")
+        second = text_in(value, config.second_column) if config.second_column else None
+        try:
+            labels = self._labels(cell(value, config.label_column or "label"))
+        except Flaw:
+            if labelled:
+                raise
+            labels = None
+        return Classified(record.where, text, second, labels)
+
+    def _labels(self, value: Any) -> tuple[str, ...]:
+        if self.several:
+            found = (
+                value
+                if isinstance(value, list)
+                else str(value or "").split(self.config.label_separator)
+            )
+            names = tuple(dict.fromkeys(filter(None, (spelled(one) for one in found))))
+        else:
+            names = (spelled(value),)
+            if not names[0]:
+                raise Flaw("no label", f"column {self.config.label_column or 'label'!r} is empty")
+        for name in names:
+            if self.labels and name not in self.labels:
+                hint = did_you_mean(name, self.labels)
+                raise Flaw("unknown label", f"no label {name!r} was in training.{hint}")
+        return names
+
+    def fitted(self, examples: Sequence[Classified]) -> Self:
+        counts = Counter(label for one in examples for label in one.labels or ())
+        labels = self.labels or self.config.labels or tuple(sorted(counts, key=_natural))
+        weights = ()
+        if self.config.class_weights == "balanced":
+            # Of mean 1 over the examples, as scikit-learn has it.
+            seen = [counts[label] or 1 for label in labels]
+            weights = tuple(sum(counts.values()) / len(labels) / count for count in seen)
+        return replace(self, labels=labels, weights=weights)
+
+    # --- tokens and outputs --------------------------------------------------------------------
+
+    def encode(
+        self, example: Classified, tokenizer: Tokenizer, size: int, problems: Problems
+    ) -> list[Encoded]:
+        """End-of-text, the text, end-of-text: the label is said at the last, which sees it all."""
+        first = tokenizer.encode(example.text)
+        end, rest = np.int32([tokenizer.end]), np.zeros(0, np.int32)
+        if example.second is not None:
+            rest = going_on(self.config.separator + example.second, tokenizer)
+        words = -(-len(self.labels) // WORD_BITS) if self.several else 1
+        room = size - 2 - len(rest)
+        if len(first) <= room:
+            parts = [(0, len(first))]
+        elif self.config.too_long != "window" or room < 1 or example.second is not None:
+            length = len(first) + len(rest) + 2
+            tell_too_long(self.config, example.where, length, size, problems)
+            return []
+        else:
+            found = windows(np.ones(len(first), int), room, self.config.overlap)
+            parts = [(one.start, one.stop) for one in found]
+        encoded = []
+        for start, stop in parts:
+            tokens = joined([end, first[start:stop], rest, end])
+            # Words of bits need as many tokens.
+            tokens = joined([np.repeat(end, max(words - len(tokens), 0)), tokens])
+            encoded.append(self._encoded(example, tokens))
+        return encoded
+
+    def _encoded(self, example: Classified, tokens: np.ndarray) -> Encoded:
+        last, targets = len(tokens) - 1, np.zeros(len(tokens), np.int32)
+        weights = np.zeros(len(tokens), np.float32)
+        if example.labels is not None:
+            numbers = [self.labels.index(label) for label in example.labels]
+            if self.several:
+                for number in numbers:
+                    targets[last - number // WORD_BITS] |= 1 << number % WORD_BITS
+            else:
+                targets[last] = numbers[0]
+            weights[last] = 1.0
+            if self.weights and numbers:
+                weights[last] = np.mean([self.weights[number] for number in numbers])
+        return Encoded(tokens, targets, weights, np.int32([[last, 0, 0]]))
+
+    def decode(
+        self, example: Classified, windows: Sequence[Encoded], outputs: Sequence[np.ndarray]
+    ) -> Prediction:
+        """Logarithms of probabilities are averaged over the windows."""
+        logits = np.stack(
+            [out[one.units[0, 0]] for one, out in zip(windows, outputs, strict=True)]
+        ).astype(np.float64)
+        if self.several:
+            return self._said(np.exp(-np.logaddexp(0, -logits).mean(axis=0)))
+        return self.from_scores(example, log_softmax(logits).mean(axis=0))
+
+    def _said(self, probabilities: np.ndarray) -> Prediction:
+        chosen = [
+            label for label, share in zip(self.labels, probabilities, strict=True) if share >= 0.5
+        ]
+        shares = dict(zip(self.labels, probabilities.tolist(), strict=True))
+        return {"labels": chosen, "probabilities": shares}
+
+    # --- prompting -----------------------------------------------------------------------------
+
+    @property
+    def _template(self) -> str:
+        shown = "{text}\n{second}" if self.config.second_column else "{text}"
+        return self.config.template or f"{shown}\nlabel:"
+
+    def _word(self, label: str) -> str:
+        words = self.config.words
+        return words[self.labels.index(label)] if words else label
+
+    def prompt(self, example: Classified) -> str:
+        columns = {"text": example.text, "second": example.second or ""}
+        return filled(self._template, columns)
+
+    def target(self, example: Classified) -> str:
+        word = ", ".join(map(self._word, example.labels or ()))
+        return space_between(self._template, word) + word
+
+    def requests(self, example: Classified) -> list[Request]:
+        prompt, bare = self.prompt(example), last_line(self._template)
+        words = map(self._word, self.labels)
+        return [Request(prompt, space_between(prompt, word) + word, bare) for word in words]
+
+    def from_scores(self, example: Classified, scores: np.ndarray) -> Prediction:
+        shares = np.exp(log_softmax(np.asarray(scores, np.float64)))
+        label = self.labels[int(np.argmax(shares))]
+        if self.several:
+            return {"labels": [label], "probabilities": self._said(shares)["probabilities"]}
+        shares = dict(zip(self.labels, shares.tolist(), strict=True))
+        return {"label": label, "probabilities": shares}
+
+    def from_text(self, example: Classified, text: str) -> Prediction:
+        """The labels whose words a continuation begins with; "" if it is none of them."""
+        said = text.strip().split("\n")[0]
+        by_word = {self._word(label): label for label in self.labels}
+        if self.several:
+            found = [by_word[one.strip()] for one in said.split(",") if one.strip() in by_word]
+            return {"labels": found}
+        fits = [word for word in by_word if said.startswith(word)]
+        return {"label": by_word[max(fits, key=len)] if fits else ""}
+
+    # --- figures -------------------------------------------------------------------------------
+
+    def metrics(
+        self, examples: Sequence[Classified], predictions: Sequence[Prediction]
+    ) -> dict[str, float]:
+        if self.several:
+            truth, said = self._sets(examples, predictions)
+            return label_set_figures(truth, said)
+        truth = [one.labels[0] for one in examples]
+        return class_figures(truth, [one["label"] for one in predictions])
+
+    def _sets(
+        self, examples: Sequence[Classified], predictions: Sequence[Prediction]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        truth = [[label in one.labels for label in self.labels] for one in examples]
+        said = [[label in one["labels"] for label in self.labels] for one in predictions]
+        return np.array(truth, bool), np.array(said, bool)
+
+    def measure(
+        self, examples: Sequence[Classified], predictions: Sequence[Prediction]
+    ) -> tuple[str, np.ndarray | None]:
+        if self.several:
+            truth, said = self._sets(examples, predictions)
+            counts = [(truth & said).sum(1), said.sum(1), truth.sum(1)]
+            return "micro_f1", np.stack(counts, axis=1)
+        pairs = zip(examples, predictions, strict=True)
+        return "accuracy", np.array([[one.labels[0] == said["label"]] for one, said in pairs])
+
+
+def spelled(value: Any) -> str:
+    """A label as text: what is not a string as JSON has it."""
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _natural(label: str) -> tuple:
+    """Numbers before words, by their size."""
+    try:
+        return (0, float(label), label)
+    except ValueError:
+        return (1, 0.0, label)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -1,0 +1,185 @@
+"""Dialogue: messages with roles, of which the model learns to write the assistant's."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+
+from gptjax.config import TaskConfig
+from gptjax.tasks.metrics import text_figures
+from gptjax.tasks.problems import Problems
+from gptjax.tasks.records import Flaw, cell, kind_of_value, read_records, sound
+from gptjax.tasks.task import (
+    Encoded,
+    Prediction,
+    Request,
+    going_on,
+    joined,
+    next_tokens,
+    tell_too_long,
+    windows,
+)
+from gptjax.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(NamedTuple):
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What was said, in order."""
+
+    where: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialogues:
+    """What an assistant says. A message is `config.turn` and an end-of-text, so to a model that was
+    trained on text it is a document among others; the loss is on what the assistant says and on
+    its end-of-text.
+    """
+
+    config: TaskConfig
+
+    name = "dialogue"
+    head: Literal["lm"] = "lm"
+    labels = ()
+    several = False
+
+    def read(
+        self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
+    ) -> Iterator[Dialogue]:
+        """Of records with a list of messages, or that are such a list. A message is an object with
+        `config.role_key` and `config.content_key`, or a text; then user and assistant take turns.
+        """
+        for record in read_records(self.config, paths, problems):
+            try:
+                messages = self._messages(record.value)
+                if labelled and not any(one.role == "assistant" for one in messages):
+                    roles = ", ".join(map(repr, self.config.assistant))
+                    raise Flaw("no label", f"none of the messages is of {roles}")
+            except Flaw as flaw:
+                problems.bad(flaw.kind, record.where, str(flaw))
+            else:
+                yield Dialogue(record.where, messages)
+
+    def _messages(self, value: Any) -> tuple[Message, ...]:
+        given = value if isinstance(value, list) else cell(value, self.config.messages_column)
+        if not isinstance(given, list):
+            raise Flaw("no messages", f"messages are {kind_of_value(given)}, not a list")
+        messages = [self._message(one, number) for number, one in enumerate(given)]
+        if not messages:
+            raise Flaw("empty text", "there are no messages")
+        return tuple(messages)
+
+    def _message(self, value: Any, number: int) -> Message:
+        config, in_turn = self.config, "user" if number % 2 == 0 else "assistant"
+        what = f"message {number + 1}"
+        if isinstance(value, str):
+            return Message(in_turn, sound(value, what))
+        content = cell(value, config.content_key)
+        if not isinstance(content, str):
+            raise Flaw("no text", f"{what} is {kind_of_value(content)}, not a string")
+        sound(content, what)
+        if config.role_key is None:
+            return Message(in_turn, content)
+        role = cell(value, config.role_key)
+        if role in config.assistant:
+            return Message("assistant", content)
+        return Message("system" if role in config.system else "user", content)
+
+    def fitted(self, examples: Sequence[Dialogue]) -> Self:
+        return self
+
+    def turn_ids(self, message: Message, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a message before its content, and those of the content with the end-of-text
+        after it. A reply is asked for by those before the content of an assistant's message.
+        """
+        before, after = self.config.turn.split("{content}")
+        said = going_on(message.content + after, tokenizer)
+        opening = tokenizer.encode(before.replace("{role}", message.role))
+        return opening, joined([said, np.int32([tokenizer.end])])
+
+    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer) -> np.ndarray:
+        """The ids after which the assistant replies to messages."""
+        turns = [joined(self.turn_ids(one, tokenizer)) for one in messages]
+        opening, _ = self.turn_ids(Message("assistant", ""), tokenizer)
+        return joined([np.int32([tokenizer.end]), *turns, opening])
+
+    def encode(
+        self, example: Dialogue, tokenizer: Tokenizer, size: int, problems: Problems
+    ) -> list[Encoded]:
+        """End-of-text and the messages. A dialogue that is too long becomes several; in each, the
+        messages that were shown before are shown again without a loss, as far as `overlap` goes.
+        """
+        turns = [self.turn_ids(one, tokenizer) for one in example.messages]
+        sizes = np.array([len(before) + len(said) for before, said in turns])
+        found = windows(sizes, size, self.config.overlap)
+        if found is None or (len(found) > 1 and self.config.too_long != "window"):
+            tell_too_long(self.config, example.where, int(sizes.sum()), size, problems)
+            return []
+        encoded = []
+        for start, counted, stop in found:
+            ids, counts = [np.int32([tokenizer.end])], [np.zeros(1)]
+            for number in range(start, stop):
+                learnt = number >= counted and example.messages[number].role == "assistant"
+                before, said = turns[number]
+                ids += [before, said]
+                counts += [np.zeros(len(before)), np.full(len(said), float(learnt))]
+            encoded.append(next_tokens(joined(ids), np.concatenate(counts)))
+        return encoded
+
+    def decode(
+        self, example: Dialogue, windows: Sequence[Encoded], outputs: Sequence[np.ndarray]
+    ) -> Prediction:
+        raise AssertionError("texts are written, not read from a head")
+
+    def prompt(self, example: Dialogue) -> str:
+        """All before the assistant's last message, as text without ends."""
+        shown = [
+            self.config.turn.replace("{role}", role).replace("{content}", content)
+            for role, content in self.before(example)
+        ]
+        opening = self.config.turn.partition("{content}")[0].replace("{role}", "assistant")
+        return "\n".join([*shown, opening])
+
+    def before(self, example: Dialogue) -> tuple[Message, ...]:
+        """The messages before the assistant's last one."""
+        return example.messages[: self._last(example)]
+
+    def _last(self, example: Dialogue) -> int:
+        """The place of the assistant's last message; after all if there is none."""
+        places = [i for i, one in enumerate(example.messages) if one.role == "assistant"]
+        return places[-1] if places else len(example.messages)
+
+    def target(self, example: Dialogue) -> str:
+        last = self._last(example)
+        return example.messages[last].content if last < len(example.messages) else ""
+
+    def requests(self, example: Dialogue) -> list[Request]:
+        return []
+
+    def from_scores(self, example: Dialogue, scores: np.ndarray) -> Prediction:
+        raise AssertionError("replies are written, not chosen")
+
+    def from_text(self, example: Dialogue, text: str) -> Prediction:
+        return {"text": text.strip()}
+
+    def metrics(
+        self, examples: Sequence[Dialogue], predictions: Sequence[Prediction]
+    ) -> dict[str, float]:
+        """BLEU and chrF of the assistant's last message."""
+        references = [[self.target(one)] for one in examples]
+        texts = [one["text"] for one in predictions]
+        return text_figures(references, texts, self.config.bleu_tokens)
+
+    def measure(
+        self, examples: Sequence[Dialogue], predictions: Sequence[Prediction]
+    ) -> tuple[str, np.ndarray | None]:
+        return "chrf", None

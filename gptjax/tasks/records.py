@@ -1,0 +1,354 @@
+"""Records of labelled files, one after the other: their columns, and where each lies."""
+
+import codecs
+import csv
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from gptjax.config import DataConfig, TaskConfig, did_you_mean
+from gptjax.sources import DataError, Source, expand, needed, open_bytes, packing_of
+from gptjax.sources.lines import FIELD_LIMIT
+from gptjax.tasks.problems import Problems
+
+NUMBER = re.compile(r"-?[1-9]\d*")  # of a column
+
+
+class Record(NamedTuple):
+    """A line of a table, an item of JSON, or a sentence in columns."""
+
+    where: str  # what a message says of it: FILE:LINE, or FILE: item NUMBER
+    value: Any  # an object by column, or a list
+
+
+class Flaw(ValueError):
+    """Why a record cannot be used."""
+
+    def __init__(self, kind: str, why: str):
+        super().__init__(why)
+        self.kind = kind
+
+
+def read_records(config: TaskConfig, paths: Iterable[str], problems: Problems) -> Iterator[Record]:
+    """The records of all files, in order. A file is read as it goes, but for JSON and YAML.
+
+    Raises:
+      DataError: for a path that is not there, or a file that cannot be read at all.
+    """
+    files = list(find_files(config, paths, problems.split))
+    if config.file_format == "parallel":
+        yield from _parallel(files, problems)
+        return
+    for source, kind, key in files:
+        match kind:
+            case "tsv" | "csv":
+                records = _table(source.where, kind == "tsv", _has_header(config), problems)
+            case "jsonl":
+                records = _jsonl(source.where, problems)
+            case "json" | "yaml":
+                records = _whole(source.where, kind, key, problems)
+            case "parquet":
+                records = _parquet(source.where, problems)
+            case "conll":
+                records = _conll(source.where, problems)
+        yield from records
+
+
+def find_files(
+    config: TaskConfig, paths: Iterable[str], label: str
+) -> Iterator[tuple[Source, str, str]]:
+    """The files that paths name, their formats, and the keys after an `@`."""
+    paths = tuple(paths)
+    if not paths:
+        raise DataError(f"{label} is empty: give files of labelled examples")
+    for given in paths:
+        path, _, key = given.rpartition("@")
+        if not path or os.path.exists(given):
+            path, key = given, ""
+        for source in expand(path, label, DataConfig()):
+            yield source, _format(config, source), key
+
+
+def _format(config: TaskConfig, source: Source) -> str:
+    if config.file_format != "auto":
+        return config.file_format
+    bare = source.name.removesuffix(packing_of(source.name))
+    if Path(bare).suffix.lower() in (".yml", ".yaml"):
+        return "yaml"
+    if source.kind != "text":
+        return source.kind
+    return {"entities": "conll", "questions": "json"}.get(config.kind, "tsv")
+
+
+def _has_header(config: TaskConfig) -> bool:
+    """Whether the first line of a table names its columns."""
+    given = (config.text_column, config.label_column, config.source_column, config.target_column)
+    by_number = any(column and NUMBER.fullmatch(column) for column in given)
+    return config.header == "yes" or (config.header == "auto" and not by_number)
+
+
+# --- cells -------------------------------------------------------------------------------------
+
+
+def cell(value: Any, column: str) -> Any:
+    """What a record has in a column.
+
+    Raises:
+      Flaw: if there is no such column.
+    """
+    if isinstance(value, dict) and column in value:
+        return value[column]
+    if not isinstance(value, dict | list):
+        raise Flaw("no such column", f"{kind_of_value(value)}, which has no columns")
+    items = list(value.values()) if isinstance(value, dict) else value
+    if NUMBER.fullmatch(column):
+        number = int(column)
+        if abs(number) <= len(items):
+            return items[number - 1 if number > 0 else number]
+        raise Flaw("no such column", f"it has {len(items)} columns, and none is {column}")
+    if isinstance(value, dict):
+        names = ", ".join(map(repr, itertools.islice(value, 20))) or "none at all"
+        hint = did_you_mean(column, value)
+        raise Flaw("no such column", f"there is no column {column!r} but {names}.{hint}")
+    raise Flaw("no such column", f"its columns have no names: give a number for {column!r}")
+
+
+def text_in(value: Any, column: str, *, empty: bool = False) -> str:
+    """The text in a column.
+
+    Raises:
+      Flaw: if that is no text, or an empty one where that is not allowed.
+    """
+    text = cell(value, column)
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        text = str(text)
+    if not isinstance(text, str):
+        raise Flaw("no text", f"column {column!r} is {kind_of_value(text)}, not a string")
+    return sound(text, column, empty=empty)
+
+
+def sound(text: str, what: str, *, empty: bool = False) -> str:
+    """The text, if it can be encoded and says something.
+
+    Raises:
+      Flaw: otherwise.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Flaw("no text", f"{what!r} has half a surrogate pair at {error.start}") from None
+    if not empty and not text.strip():
+        raise Flaw("empty text", f"{what!r} is empty")
+    return text
+
+
+def kind_of_value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return {dict: "an object", list: "a list", str: "a string"}.get(type(value), "a number")
+
+
+# --- lines -------------------------------------------------------------------------------------
+
+
+def _lines(file: BinaryIO, where: str, problems: Problems) -> Iterator[tuple[int, str | None]]:
+    """The lines of a file with their numbers, without their ends; None for one that is not
+    UTF-8, which is told.
+    """
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        try:
+            yield number, line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            problems.read += 1
+            why = f"byte 0x{line[error.start]:02x} at {error.start} is not UTF-8"
+            problems.bad("not UTF-8", f"{where}:{number}", why)
+            yield number, None
+
+
+def _jsonl(where: str, problems: Problems) -> Iterator[Record]:
+    with open_bytes(where) as file:
+        for number, line in _lines(file, where, problems):
+            if line is None or not line.strip():
+                continue
+            problems.read += 1
+            try:
+                yield Record(f"{where}:{number}", json.loads(line))
+            except (ValueError, RecursionError) as error:
+                why = str(error) or "too deep to be read"
+                problems.bad("not JSON", f"{where}:{number}", why)
+
+
+class _TextLines:
+    """The lines of a table as the csv module takes them."""
+
+    def __init__(self, file: BinaryIO, where: str, problems: Problems):
+        self._lines = _lines(file, where, problems)
+        self.number, self.broken = 0, False  # since it was last asked
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self._lines:
+            self.number, self.broken = number, self.broken or line is None
+            yield f"{line or ''}\n"
+
+
+def _table(where: str, tabs: bool, header: bool, problems: Problems) -> Iterator[Record]:
+    """Of CSV and TSV. In TSV a quote is a character like any other."""
+    csv.field_size_limit(FIELD_LIMIT)  # there is but one for all readers
+    form = {"delimiter": ",", "strict": True}
+    if tabs:
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    with open_bytes(where) as file:
+        lines = _TextLines(file, where, problems)
+        rows, names = csv.reader(iter(lines), **form), None
+        while True:
+            first, lines.broken = lines.number + 1, False
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                problems.read += 1
+                why = f"{error}; lost with it: all up to line {lines.number:,}"
+                problems.bad("not CSV", f"{where}:{first}", why)
+                continue
+            if not row or lines.broken:
+                continue
+            if header and names is None:
+                names = row
+                continue
+            problems.read += 1
+            if names is None:
+                yield Record(f"{where}:{first}", row)
+            elif len(row) == len(names):
+                yield Record(f"{where}:{first}", dict(zip(names, row, strict=True)))
+            else:
+                why = f"{len(row):,} columns, but the header names {len(names):,}"
+                problems.bad("wrong number of columns", f"{where}:{first}", why)
+
+
+def _conll(where: str, problems: Problems) -> Iterator[Record]:
+    """A record for each sentence: a list of its words, each the line's number and its columns.
+
+    Columns have tabs between them if the first line that is no comment has one, and else white
+    space. A line with `#` at its beginning is a comment if it has no columns: without a tab where
+    there are tabs, and else with another number of columns than the lines before. Lines of
+    -DOCSTART- end a sentence; those of CoNLL-U for several words at once, 3-4, or for none, 3.1,
+    are left out.
+    """
+    with open_bytes(where) as file:
+        words, tabs, width, first = [], None, 0, 0
+        whole = True
+
+        def sentence() -> Iterator[Record]:
+            if words and whole:
+                problems.read += 1
+                yield Record(f"{where}:{first}", words)
+
+        for number, line in _lines(file, where, problems):
+            if line is None:
+                whole = False
+                continue
+            if not line.strip() or line.startswith("-DOCSTART-"):
+                yield from sentence()
+                words, whole = [], True
+                continue
+            if tabs is None and not line.startswith("# "):
+                tabs = "\t" in line
+            columns = line.split("\t") if tabs else line.split()
+            if line.startswith("#") and (len(columns) == 1 if tabs else len(columns) != width):
+                continue
+            if len(columns) > 2 and re.fullmatch(r"\d+[-.]\d+", columns[0]):
+                continue
+            width, first = width or len(columns), first if words else number
+            words.append((number, columns))
+        yield from sentence()
+
+
+def _parallel(files: list[tuple[Source, str, str]], problems: Problems) -> Iterator[Record]:
+    """Lines of two files in turn that belong together."""
+    if len(files) % 2:
+        raise DataError(
+            f"{problems.split}: {len(files)} files, but parallel text comes in pairs: give the "
+            "file of the given texts, then that of what is to be written, and so on"
+        )
+    for (one, *_), (other, *_) in zip(files[::2], files[1::2], strict=True):
+        with open_bytes(one.where) as left, open_bytes(other.where) as right:
+            pairs = itertools.zip_longest(
+                _lines(left, one.where, problems), _lines(right, other.where, problems)
+            )
+            for source, target in pairs:
+                if source is None or target is None:
+                    number, shorter = (source or target)[0], one if source is None else other
+                    raise DataError(
+                        f"{shorter.where}: ends before line {number:,}, which its partner has: "
+                        "lines must belong together"
+                    )
+                if source[1] is not None and target[1] is not None:
+                    problems.read += 1
+                    value = {"source": source[1], "target": target[1]}
+                    yield Record(f"{one.where}:{source[0]}", value)
+
+
+# --- files that memory holds -------------------------------------------------------------------
+
+
+def _whole(where: str, kind: str, key: str, problems: Problems) -> Iterator[Record]:
+    """The items of a list in JSON or YAML, which may be the value of a key."""
+    value = load_whole(where, kind)
+    if key:
+        if not isinstance(value, dict) or key not in value:
+            there = value if isinstance(value, dict) else ()
+            raise DataError(
+                f"{where}@{key}: there is no key {key!r} but "
+                f"{', '.join(map(repr, there)) or 'none at all'}.{did_you_mean(key, there)}"
+            )
+        value = value[key]
+    if not isinstance(value, list):
+        keys = f"; its keys are {', '.join(map(repr, value))}" if isinstance(value, dict) else ""
+        raise DataError(
+            f"{where}: {kind_of_value(value)}, but records come in a list: give {where}@KEY{keys}"
+        )
+    for number, item in enumerate(value, 1):
+        problems.read += 1
+        yield Record(f"{where}: item {number}", item)
+
+
+def load_whole(where: str, kind: str) -> Any:
+    """The value of a file of JSON or YAML."""
+    with open_bytes(where) as file:
+        content = file.read()
+    if kind == "yaml":
+        yaml = needed("yaml", "tasks", where)
+        try:
+            return yaml.safe_load(content)
+        except yaml.YAMLError as error:
+            raise DataError(f"{where}: not YAML ({error}); mend it") from None
+    try:
+        return json.loads(content.removeprefix(codecs.BOM_UTF8))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: not JSON ({error or 'too deep to be read'}); mend it, or give "
+            "--task.file-format jsonl if each of its lines is a record"
+        ) from None
+
+
+def _parquet(where: str, problems: Problems) -> Iterator[Record]:
+    parquet = needed("pyarrow.parquet", "parquet", where)
+    with open_bytes(where) as file:
+        try:
+            table = parquet.ParquetFile(file)
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"{where}: not a whole Parquet file ({error}); copy it again"
+            ) from error
+        number = 0
+        for batch in table.iter_batches(1024):
+            for value in batch.to_pylist():
+                number += 1
+                problems.read += 1
+                yield Record(f"{where}: row {number}", value)

@@ -1,0 +1,311 @@
+"""Training on labelled tasks, from the examples to the predictions."""
+
+import io
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.cli import run_verb
+from gptjax.cli.chatting import fitting_ids
+from gptjax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    GPTConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TuneConfig,
+)
+from gptjax.labelled import NO_BEST, best_of
+from gptjax.metrics import read_metrics
+from gptjax.outcome import is_wrong, over_seeds
+from gptjax.tasks import make_task
+from gptjax.tasks.dialogue import Message
+from gptjax.tokenizer import ByteTokenizer
+from gptjax.train import fit
+
+MODEL = GPTConfig(
+    context_size=48,
+    num_layers=1,
+    width=32,
+    num_heads=2,
+    positions="rope",
+    compute_dtype="float32",
+)
+
+
+def write_classes(folder, count=64):
+    """Texts of words in two colours, and which there is more of."""
+    rng = random.Random(0)
+    for name in ("train", "valid"):
+        lines = ["text\tlabel"]
+        for _ in range(count):
+            label = rng.choice(["warm", "cold"])
+            words = ["red", "fire"] if label == "warm" else ["blue", "ice"]
+            lines.append(" ".join(rng.choice(words) for _ in range(3)) + f"\t{label}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return {name: (str(folder / f"{name}.tsv"),) for name in ("train", "valid")}
+
+
+def classes(folder, **fields) -> Config:
+    task = {"kind": "classify"} | write_classes(folder) | fields.pop("task", {})
+    values = {
+        "model": MODEL,
+        "task": TaskConfig(**task),
+        "optimizer": OptimizerConfig(learning_rate=1e-2),
+        "steps": 12,
+        "batch_size": 8,
+        "eval_every": 4,
+        "save_every": 4,
+        "log_every": 1,
+        "tensorboard": False,
+    }
+    return Config(**values | fields)
+
+
+def test_a_task_is_learnt_and_its_figures_are_logged(tmp_path, capsys):
+    config = classes(tmp_path)
+    config = replace(config, task=replace(config.task, test=config.task.valid))
+    fit(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["eval/accuracy"] > 0.9
+    best = best_of(lines, config)
+    figures = next(line for line in lines if line["step"] == best.step)
+    # The test split is the validation split here, and the step the same.
+    assert lines[-1]["test/accuracy"] == figures["eval/accuracy"]
+    assert lines[-1]["test/loss"] == pytest.approx(figures["eval/loss"], rel=1e-5)
+    assert "accuracy" in capsys.readouterr().err
+
+
+def test_a_run_on_a_task_goes_on_as_if_it_had_never_stopped(tmp_path):
+    config = classes(tmp_path, task={"class_weights": "balanced", "label_smoothing": 0.1})
+    steady = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2)
+    config = replace(config, optimizer=steady)
+    fit(config, tmp_path / "whole")
+    fit(replace(config, steps=5), tmp_path / "parts")
+    fit(config, tmp_path / "parts")
+    whole, again = (Checkpoints(tmp_path / name).read_params(12)[1] for name in ("whole", "parts"))
+    for path, value in whole.items():
+        assert np.array_equal(value, again[path]), path
+
+
+def test_the_best_step_stays_and_the_run_ends_when_nothing_gets_better(tmp_path):
+    config = classes(tmp_path, steps=40, keep_last=1, save_every=None, eval_every=2)
+    rate = OptimizerConfig(learning_rate=0.0)
+    config = replace(config, optimizer=rate, task=replace(config.task, patience=3))
+    fit(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    best = best_of(lines, config)
+    assert (best.step, best.since) == (2, 3)  # of equals the first
+    assert lines[-1]["step"] == 8
+    assert Checkpoints(tmp_path / "run").steps() == [2, 8]
+    fit(config, tmp_path / "run")  # it is over already
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 8
+    fit(replace(config, task=replace(config.task, patience=4)), tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_the_best_of_several_figures_is_the_first_of_the_largest():
+    config = Config(task=TaskConfig(kind="classify"))
+    figures = [0.5, 0.7, 0.7, 0.6]
+    lines = [{"step": i, "eval/accuracy": figure} for i, figure in enumerate(figures, 1)]
+    assert best_of([{"step": 0}, *lines], config) == (2, 0.7, 2)
+    assert best_of([], config) == NO_BEST
+    unknown = {"step": 0, "eval/accuracy": float("nan")}
+    assert best_of([unknown, *lines, unknown], config).step == 2
+    losses = [{"step": 1, "eval/loss": 2.0}, {"step": 2, "eval/loss": 1.0}]
+    assert best_of(losses, replace(config, task=TaskConfig(kind="pairs"))).step == 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run on text."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
+    data = DataConfig(path=(str(folder / "text.txt"),), store_dir=str(folder / "stores"))
+    config = classes(folder, task={"kind": None, "train": (), "valid": ()}, data=data)
+    fit(replace(config, steps=2, eval_every=None), folder / "run")
+    return folder / "run"
+
+
+def read(run_dir) -> dict[str, np.ndarray]:
+    return Checkpoints(run_dir).read_params()[1]
+
+
+@pytest.mark.parametrize("tune", [TuneConfig(), TuneConfig(lora_rank=2)], ids=["full", "lora"])
+def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tune, base, tmp_path, capsys):
+    # Of the model nothing is said but its dropout, so it is that of the base.
+    config = replace(
+        classes(tmp_path, model=GPTConfig(dropout=0.1), steps=2, eval_every=1, tune=tune),
+        init_from=str(base),
+        optimizer=OptimizerConfig(learning_rate=0.0),
+    )
+    fit(config, tmp_path / "tuned")
+    before, after = read(base), read(tmp_path / "tuned")
+    new = {path for path in {*after} - {*before} if not path.startswith("lora/")}
+    assert new == {"head/label", "head/label_bias"}
+    assert any(path.startswith("lora/") for path in after) == (tune.lora_rank is not None)
+    for path, value in before.items():
+        assert np.array_equal(value, after[path]), path
+    fit(replace(config, init_from=str(tmp_path / "tuned")), tmp_path / "again")
+    assert np.array_equal(read(tmp_path / "again")["head/label"], after["head/label"])
+    run("evaluate", tmp_path / "tuned")
+    figure = best_of(read_metrics(tmp_path / "tuned"), config).figure
+    assert f"accuracy         {figure:.4f}" in capsys.readouterr().out
+
+
+KINDS = ("entities", "questions", "pairs")  # and dialogue
+TAGGED = "Ann B-PER\nmet O\nLee B-PER\nin O\nRome B-LOC\n\nshe O\nleft O\nRome B-LOC\n\n"
+
+
+def files_of(kind, folder):
+    """A file of each kind of task."""
+    if kind == "entities":
+        path, text = folder / "tags.conll", TAGGED * 8
+    elif kind == "questions":
+        asked = [
+            {"id": str(i), "question": "who?", "answers": [{"text": "Ann", "answer_start": 0}]}
+            for i in range(8)
+        ]
+        paragraph = {"context": "Ann met Lee in Rome, which is far away.", "qas": asked}
+        path = folder / "asked.json"
+        text = json.dumps({"data": [{"paragraphs": [paragraph]}]})
+    elif kind == "pairs":
+        path, text = folder / "pairs.tsv", "source\ttarget\n" + "one\teins\ntwo\tzwei\n" * 8
+    else:
+        said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+        path, text = folder / "said.jsonl", (json.dumps({"messages": said}) + "\n") * 8
+    path.write_text(text)
+    return (str(path),)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS), "dialogue"],
+)
+def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
+    files = files_of(kind, tmp_path)
+    task = {"kind": kind, "train": files, "valid": files, "test": files, "overlap": 8}
+    model = replace(MODEL, bidirectional=kind == "entities")
+    config = classes(tmp_path, model=model, task=task, steps=8)
+    if kind == "questions":
+        config = replace(config, task=replace(config.task, lm_weight=0.5))
+    fit(config, tmp_path / "run")
+    evaluations = [line for line in read_metrics(tmp_path / "run") if "eval/loss" in line]
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+    assert ("eval/f1" in evaluations[0]) == (kind in ("entities", "questions"))
+    best = best_of(evaluations, config).step
+    chosen = next(line for line in evaluations if line["step"] == best)
+    assert evaluations[-1]["test/loss"] == pytest.approx(chosen["eval/loss"], rel=1e-4)
+    run("evaluate", tmp_path / "run", "--max-tokens", 4, "--out", tmp_path / "out.jsonl")
+    run("predict", tmp_path / "run", files[0], "--out", tmp_path / "more.jsonl", "--max-tokens", 4)
+    said, more = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("out.jsonl", "more.jsonl")
+    )
+    words = {"entities": "tags", "questions": "no_answer"}.get(kind, "text")
+    assert [one[words] for one in said] == [one[words] for one in more]
+    if kind == "dialogue":
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nhow are you\n"))
+        capsys.readouterr()
+        run("chat", tmp_path / "run", "--max-tokens", 5, "--temperature", 0, "--system", "be")
+        assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_a_long_dialogue_gives_up_its_first_messages_but_not_the_scene():
+    task, tokenizer = make_task(TaskConfig(kind="dialogue")), ByteTokenizer()
+    messages = [Message("system", "be kind"), *[Message("user", f"{i}") for i in range(9)]]
+    ids = fitting_ids(task, messages, tokenizer, 60)
+    text = tokenizer.decode(ids.tolist())
+    assert len(ids) <= 60 and "be kind" in text and "8" in text and "0" not in text
+    assert len(fitting_ids(task, messages[1:2], tokenizer, 1)) > 1  # the last one stays
+
+
+def run(*arguments) -> None:
+    run_verb([str(one) for one in arguments])
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    fit(classes(folder), folder / "run")
+    return folder
+
+
+def test_evaluate_prints_the_figures_that_were_logged(tuned, capsys):
+    run("evaluate", tuned / "run", "--batch-size", 5)
+    out = capsys.readouterr().out
+    best = best_of(read_metrics(tuned / "run"), classes(tuned))
+    assert f"64 examples of task.valid, at step {best.step}\n" in out
+    assert f"accuracy         {best.figure:.4f}  (95 % of resamples" in out
+
+
+def test_predict_goes_on_with_a_file_that_is_not_whole(tuned):
+    files = [tuned / "whole.jsonl", tuned / "parts.jsonl"]
+    run("predict", tuned / "run", tuned / "valid.tsv", "--out", files[0])
+    lines = files[0].read_text().splitlines(keepends=True)
+    assert len(lines) == 64
+    one = json.loads(lines[0])
+    assert one["where"].endswith("valid.tsv:2") and one["label"] in ("warm", "cold")
+    assert sum(one["probabilities"].values()) == pytest.approx(1)
+    files[1].write_text("".join(lines[:10]) + lines[10][:7])
+    run("predict", tuned / "run", tuned / "valid.tsv", "--out", files[1])
+    parts = [json.loads(line) for line in files[1].read_text().splitlines()]
+    for mine, theirs in zip(parts, map(json.loads, lines), strict=True):
+        assert mine["where"] == theirs["where"]
+        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+
+
+def test_a_language_model_is_asked_in_words(base, tuned, capsys):
+    asked = ["--task.kind", "classify", "--task.valid", tuned / "valid.tsv", "--limit", 6]
+    asked += ["--task.train", tuned / "train.tsv"]
+    for options in ([], ["--shots", 1, "--task.score", "unconditional"]):
+        run("evaluate", base, *asked, *options)
+        assert "accuracy " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="is of no task"):
+        run("evaluate", base)
+
+
+def test_a_report_has_the_figures_the_labels_taken_for_others_and_the_errors(tuned, capsys):
+    run("report", tuned / "run")
+    assert "report.md" in capsys.readouterr().out
+    words, page = ((tuned / "run" / name).read_text() for name in ("report.md", "report.html"))
+    best = best_of(read_metrics(tuned / "run"), classes(tuned))
+    assert f"| accuracy | {best.figure:.4f} |" in words and f"{best.figure:.4f}" in page
+    lines = [json.loads(line) for line in (tuned / "run/said/valid.jsonl").open()]
+    wrong = sum(is_wrong(line) for line in lines)
+    assert 1 - wrong / len(lines) == pytest.approx(best.figure)
+    for right in ("cold", "warm"):
+        counts = [
+            sum(one["right"] == [right] and one["label"] == said for one in lines)
+            for said in ("cold", "warm")
+        ]
+        assert f"| {right} | {counts[0]} | {counts[1]} |" in words
+        assert f"<td>{right}</td><td>{counts[0]}</td><td>{counts[1]}</td>" in page
+
+
+def test_what_is_wrong_of_each_kind():
+    assert is_wrong({"right": ["a"], "label": "b"}) and not is_wrong({"right": ["a"], "label": "a"})
+    assert is_wrong({"right": ["a", "b"], "labels": ["a"]})
+    assert not is_wrong({"right": ["O"], "tags": ["O"]})
+    answer = {"passage": "x", "text": "x"}
+    assert is_wrong(answer | {"right": ["y"]}) and not is_wrong(answer | {"right": ["y", "x"]})
+    assert not is_wrong({"passage": "x", "text": "", "right": []})
+
+
+def test_several_seeds_give_a_mean_and_a_deviation(tmp_path):
+    lines = {0: [0.5, 0.7], 1: [0.9, 0.6]}
+    for seed, figures in lines.items():
+        (tmp_path / f"seed-{seed}").mkdir()
+        text = [
+            json.dumps({"step": step, "eval/loss": 1.0, "eval/accuracy": figure})
+            for step, figure in enumerate(figures, 1)
+        ]
+        (tmp_path / f"seed-{seed}" / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    config = Config(task=TaskConfig(kind="classify"))
+    words = over_seeds([tmp_path / "seed-0", tmp_path / "seed-1"], config)
+    assert "valid accuracy             0.8000    0.1414" in words
