@@ -38,6 +38,7 @@ class Ready(NamedTuple):
 
     config: Config  # with its vocabulary, and the head of its task
     mesh: Mesh
+    reason: str  # why attention is computed as it is
     tokenizer: Tokenizer
     rows: Rows | ExampleRows  # to train on
     valid_splits: dict[str, Rows | ExampleRows]
@@ -60,8 +61,7 @@ class Ready(NamedTuple):
 
     def first_lines(self, exclusions: tuple[Exclusion, ...], run_dir: Path) -> list[str]:
         """What a user is told as it begins."""
-        _, reason = resolve(self.config.model, self.mesh.devices.flat[0].platform)
-        lines = [describe(self.config, self.mesh, reason, self.about)]
+        lines = [describe(self.config, self.mesh, self.reason, self.about)]
         if exclusions:
             lines.append(f"left out   {left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
         if self.past and self.changes:
@@ -94,7 +94,7 @@ def make_ready(
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     changes = _find_changes(config, past, allowed)
-    resolve(config.model, mesh.devices.flat[0].platform)  # refuses attention that cannot run here
+    _, reason = resolve(config.model, mesh.devices.flat[0].platform)
     if labelled:
         splits = {name: split.rows for name, split in labelled.splits.items()}
         rows, valid = splits["train"], {"": splits["valid"]} if "valid" in splits else {}
@@ -107,7 +107,18 @@ def make_ready(
     others = data_changes(past.run_dir, contents) if past else []
     refuse_changes(others, past, allowed, what="data")
     return Ready(
-        config, mesh, tokenizer, rows, valid, labelled, about, contents, past, changes, others
+        config=config,
+        mesh=mesh,
+        reason=reason,
+        tokenizer=tokenizer,
+        rows=rows,
+        valid_splits=valid,
+        labelled=labelled,
+        about=about,
+        contents=contents,
+        past=past,
+        changes=changes,
+        data_changes=others,
     )
 
 
