@@ -25,7 +25,7 @@ import jax
 from jax._src.distributed import global_state  # the store has no public name
 
 from gptjax.config import GuardConfig
-from gptjax.errors import PEER_FAILED, PEER_LOST, STUCK
+from gptjax.errors import BUG, PEER_FAILED, PEER_LOST, STUCK, explain
 from gptjax.stop import Interrupted, Leaving, Stop
 
 HEARTBEAT_SECONDS = 20  # without a sign of a process before JAX takes it for dead
@@ -262,9 +262,13 @@ class Watchdog:
         ):
             self._await_cause()
         self._failed = True
+        # An error that would come again has its code in all processes, so that whoever starts runs
+        # again sees it whichever of them it looks at.
+        code, _ = explain(error)
+        code = PEER_FAILED if code == BUG else code
         with suppress(jax.errors.JaxRuntimeError):
             message = f"peer failed: process {self._me}: {what} -- see its log"
-            self._publish(Fatal(PEER_FAILED, self._me, message))
+            self._publish(Fatal(code, self._me, message))
 
     def _await_cause(self) -> None:
         """Wait for what another process tells of itself, or until one is known to be lost."""

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from gptjax.model import Params
     from gptjax.tokenizer import Tokenizer
 
-# Variables in which launchers say how many processes there are.
+# Variables in which launchers say how many processes there are, and what makes JAX see them.
 LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "an Open MPI of version 4",
-    "PMI_SIZE": "an Open MPI of version 4",
-    "SLURM_NTASKS": "a task that srun started",
+    "OMPI_COMM_WORLD_SIZE": "use Open MPI 4",
+    "PMI_SIZE": "use Open MPI 4",
+    "SLURM_NTASKS": "start it by srun",
 }
 
 
@@ -134,24 +134,24 @@ def _join_processes(given: Train) -> None:
             raise
         # JAX's words when it was given no address and sees no cluster: this is the only process.
         alone = "coordinator_address" in str(error)
-        what = _launched(os.environ) if alone else f"the cluster does not say all ({error})"
+        what = _launched(os.environ) if alone else f"the cluster does not say all ({error}):"
         if what:
             raise ConfigError(
-                f"{what}: give --coordinator HOST:PORT of the first process, --num-processes and "
+                f"{what} give --coordinator HOST:PORT of the first process, --num-processes and "
                 "--process-id"
             ) from error
 
 
 def _launched(environment: Mapping[str, str]) -> str:
-    """What a launcher says of other processes, where JAX does not see a cluster.
+    """What a launcher says of other processes where JAX sees none, and what may help.
 
     Each of them would train alone, in the same run directory.
     """
-    for variable, where in LAUNCHERS.items():
+    for variable, remedy in LAUNCHERS.items():
         if (count := environment.get(variable, "1")) != "1":
-            return f"{variable} = {count}, but JAX does not see {where}"
+            return f"{variable} = {count}, but JAX sees no other process: {remedy}, or"
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
-        return "this is a pod of a Job, whose others JAX finds where jax[k8s] is installed"
+        return "this is a pod of a Job, but JAX sees no other: install jax[k8s], or"
     return ""
 
 

@@ -22,8 +22,8 @@
 srun --kill-on-bad-exit=0 --open-mode=append --output=%x-%j-%t.log gptjax train "$@"
 code=$?
 
-# 2 to 7 are errors that would come again; 75 is a run that was stopped, and the others (42 to 44,
-# 137) are of processes that were lost or stuck. The same command goes on from what is saved.
+# 1 to 7 are errors that would come again, 75 is a run that was stopped, and the others (42 to 44,
+# 137) are of processes that were lost or stuck: they go on from what is saved.
 if ((code > 7)) && ((${SLURM_RESTART_COUNT:-0} < 100)); then
   echo "exit code $code: requeued"
   scontrol requeue "$SLURM_JOB_ID"

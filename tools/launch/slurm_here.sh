@@ -22,7 +22,8 @@ ClusterName=here
 SlurmctldHost=$host
 SlurmctldPort=$port
 SlurmUser=root
-AuthInfo=socket=$here/munge.socket
+# A requeued job waits for as long as a credential lives.
+AuthInfo=socket=$here/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$here/state
 SlurmdSpoolDir=$here/spool
@@ -35,7 +36,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=2,requeue_delay=1
+SchedulerParameters=sched_interval=2
 JobRequeue=1
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -46,6 +47,7 @@ export SLURM_CONF=$here/slurm.conf
 
 daemons=()
 end() {
+  timeout 60 bash -c 'scancel --user root; while squeue --noheader | grep -q .; do sleep 0.2; done' || true
   kill "${daemons[@]}" 2> /dev/null || true
   wait
   ((${KEEP:-0})) || rm -rf "$here"

@@ -21,5 +21,6 @@ for attempt in {1..100}; do
   ((code == 0 || code == 75 || 2 <= code && code <= 7)) && exit \$code
   sleep 5
 done
+exit \$code
 END
 gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker all --command "bash -c $(printf %q "$loop")"
