@@ -327,9 +327,7 @@ def between(x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
     return (constrain_between if config.split_residual else constrain)(x_BTD, "BTD")
 
 
-def drop(
-    x_BTD: jax.Array, rate: float, key: jax.Array | None, in_ring: bool = False
-) -> jax.Array:
+def drop(x_BTD: jax.Array, rate: float, key: jax.Array | None, in_ring: bool = False) -> jax.Array:
     """Dropout: each number is 0 with probability `rate`, else divided by 1 - rate. Nothing without
     a key. The same ones for positions in the ring's order as for those in their own.
     """
