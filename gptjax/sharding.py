@@ -14,8 +14,8 @@ from gptjax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "context", "pipe")
 
-# Where the dimension of a letter lies while a tensor is kept, while it is computed with, and between
-# blocks if `model.split_residual` says so. These tables are the sharding code.
+# Where the dimension of a letter lies while a tensor is kept, while it is computed with, and
+# between blocks if `model.split_residual` says so. These tables are the sharding code.
 STORED = {"L": "pipe", "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
 IN_USE = {
     "B": ("data", "fsdp"),
