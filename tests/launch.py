@@ -91,18 +91,20 @@ def start_program(folder, program, count, devices=1):
     ]
 
 
-def start_processes(folder, run, count, *options, faults=()):
-    """The command in so many processes with a device each; `faults` of the first of them."""
+def start_processes(folder, run, count, *options, devices=1, faults=()):
+    """The command in so many processes with so many devices each; `faults` of the first of them."""
     launch = ["--coordinator", free_address(), "--num-processes", str(count), "--process-id"]
     faults = [*faults, *[""] * (count - len(faults))]
     return [
-        start(folder, run, *options, *launch, str(i), fault=fault) for i, fault in enumerate(faults)
+        start(folder, run, *options, *launch, str(i), devices=devices, fault=fault)
+        for i, fault in enumerate(faults)
     ]
 
 
-def in_processes(folder, run, count, *options, code=0):
-    """The command in so many processes with a device each, to their end."""
-    return [finish(process, code) for process in start_processes(folder, run, count, *options)]
+def in_processes(folder, run, count, *options, devices=1, code=0):
+    """The command in so many processes with so many devices each, to their end."""
+    processes = start_processes(folder, run, count, *options, devices=devices)
+    return [finish(process, code) for process in processes]
 
 
 def figures(folder, run):
