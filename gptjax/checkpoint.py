@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -204,7 +204,12 @@ class Checkpoints:
         return lines
 
     def prune(
-        self, *, keep_last: int | None = None, keep_every: int | None = None, dry_run: bool = False
+        self,
+        *,
+        keep: Collection[int] = (),
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        dry_run: bool = False,
     ) -> list[tuple[Path, int]]:
         """Remove what no run needs, in a run that nobody trains: steps that were set aside, and
         what a killed process left. If it says which to keep: the other steps too, but never the
@@ -217,7 +222,7 @@ class Checkpoints:
         old = []
         if keep_last is not None or keep_every is not None:
             newest = self._choose(None, {}, None)
-            keep = () if newest is None else (newest,)
+            keep = {*keep} if newest is None else {*keep, newest}
             old = self._steps.old(keep, keep_last or 1, keep_every)
         sizes = [(self._steps / step, num_bytes(self._steps / step)) for step in old]
         if not dry_run:

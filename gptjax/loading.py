@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gptjax.best import best_step
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, MeshConfig
-from gptjax.hf import is_hf, load_hf, read_hf_config
+from gptjax.hf import is_hf, load_hf, read_hf_config, read_hf_labels
 from gptjax.model import Params
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.sharding import make_mesh
@@ -44,7 +45,7 @@ def load(
 
     Args:
       where: a run, or a folder as `save_pretrained` of Transformers writes it.
-      step: of a run's checkpoints; None: the newest.
+      step: of a run's checkpoints; None: the best of a task's run, or the newest.
       mesh: where the parameters go; None: the first device.
     Returns:
       the config, the parameters in float32, and the tokenizer; None if a folder has no files of
@@ -76,16 +77,30 @@ def read_model(where: Path) -> tuple[GPTConfig, Tokenizer | None]:
         raise CheckpointError(f"{where}: its tokenizer cannot be read: {error}") from error
 
 
+def task_of(where: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The kind of task that a run or folder has learnt, None if none; and its labels, in the order
+    of its head's outputs.
+    """
+    if is_hf(where):
+        return read_hf_labels(where)
+    task = read_run(where)[0].task
+    return task.kind, task.labels
+
+
 def load_params(where: Path, config: GPTConfig, mesh: Mesh, step: int | None = None) -> Params:
     """The parameters of a run or folder on a mesh, for a model that `check_origin` allows; with the
-    head that is there, if it is another. Adapters are merged.
+    head that is there, if it is another. Adapters are merged. Without a step it is the best of a
+    task's run, or the newest.
     """
     if is_hf(where):
         return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1]
     run, _ = read_run(where)
     there = replace(config, head=run.model.head, num_labels=run.model.num_labels)
     run = replace(run, model=there)
-    return merged(Checkpoints(where).restore_params(abstract_all(run, mesh), step), run)
+    checkpoints = Checkpoints(where)
+    if step is None and (best := best_step(where, run)) in checkpoints.steps():
+        step = best
+    return merged(checkpoints.restore_params(abstract_all(run, mesh), step), run)
 
 
 def with_head(params: Params, fresh: Params, *, same: bool) -> Params:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from gptjax.best import NO_BEST, Best, best_by, best_of
 from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock, DeviceWatch
 from gptjax.config import Config, ConfigError, check
@@ -37,11 +38,7 @@ from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
 from gptjax.labelled import (
-    NO_BEST,
-    Best,
     Labelled,
-    best_by,
-    best_of,
     contents_of,
     describe_examples,
     figures_of,
@@ -50,7 +47,7 @@ from gptjax.labelled import (
     predict,
     write_said,
 )
-from gptjax.loading import check_origin, load_params, read_model, take_over, with_head
+from gptjax.loading import check_origin, load_params, read_model, take_over, task_of, with_head
 from gptjax.metrics import Log, read_metrics
 from gptjax.model import Params, resolve
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
@@ -373,6 +370,7 @@ class _Run:
             return lambda: load_params(origin, model, mesh)
         there, fresh = read_model(origin)[0], jax.tree.map(jax.numpy.copy, own)
         same = (there.head, there.num_labels) == (model.head, model.num_labels)
+        same &= model.head == "span" or task_of(origin)[1] == self.config.task.labels
         return lambda: with_head(load_params(origin, model, mesh), fresh, same=same)
 
     def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:

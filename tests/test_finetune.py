@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gptjax.best import NO_BEST, best_of
 from gptjax.checkpoint import Checkpoints
 from gptjax.cli import run_verb
 from gptjax.cli.chatting import fitting_ids
@@ -20,7 +21,6 @@ from gptjax.config import (
     TaskConfig,
     TuneConfig,
 )
-from gptjax.labelled import NO_BEST, best_of
 from gptjax.metrics import read_metrics
 from gptjax.outcome import is_wrong, over_seeds
 from gptjax.tasks import make_task

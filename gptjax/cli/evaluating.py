@@ -148,18 +148,18 @@ class _Speaker:
         """Read the parameters; of a step, or of the best that there is."""
         import jax
 
+        from gptjax.best import best_step
         from gptjax.checkpoint import Checkpoints
-        from gptjax.labelled import best_of, jit_label_step, with_head_of
+        from gptjax.labelled import jit_label_step, with_head_of
         from gptjax.loading import load_params
-        from gptjax.metrics import read_metrics
         from gptjax.model import resolve
         from gptjax.prompting import Model
         from gptjax.rundir import read_run
         from gptjax.sharding import make_mesh
 
-        _, tokenizer = read_run(Path(run_dir))
+        own, tokenizer = read_run(Path(run_dir))
         checkpoints, devices = Checkpoints(Path(run_dir)), jax.devices()[:1]
-        best = best_of(read_metrics(Path(run_dir)), config).step
+        best = best_step(Path(run_dir), own)
         if step is None and best in checkpoints.steps():
             step = best
         self.step = checkpoints.stored(step).step

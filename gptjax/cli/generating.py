@@ -63,7 +63,7 @@ class Generate:
     stride: Count | None = None
     seed: Whole = 0  # of the draws
     num_samples: Count = 1  # of each prompt; with beams, the best ones
-    step: Whole | None = None  # of the checkpoint; None: the newest
+    step: Whole | None = None  # of the checkpoint; None: the best of a task, or the newest
     debug: bool = False  # show the traceback of an error
 
 
@@ -80,7 +80,7 @@ class Predict:
     out: str | None = None
     batch_size: Count = 16  # with --out: rows, or texts, at a time
     max_tokens: Count = 64  # with --out: of a text that is written
-    # of the checkpoint; None: the newest, or with --out the best
+    # of the checkpoint; None: the best of a task, or the newest, or with --out the best
     step: Whole | None = None
     debug: bool = False  # show the traceback of an error
 
