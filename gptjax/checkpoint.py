@@ -426,13 +426,14 @@ class Checkpoints:
         items = _items(like)
         self._fingerprint = jit_fingerprint(items).lower(items).compile()
 
-    def save(self, step: int, state: State, *, wait: bool = False) -> None:
+    def save(self, step: int, state: State, *, wait: bool = False, after_all: bool = False) -> None:
         """Begin to save the state; it may be donated as soon as this returns.
 
         A step that is there already is replaced. While the save before this one is under way, or a
         failed one must not be tried again yet, nothing happens but a line in the events.
 
         Args:
+          after_all: once the save before this one has ended, which is waited for.
           wait: until the step is on the disk, and before that for the save before this one; one
             that fails is tried again at once when its time has come. For the last save of a run.
         Raises:
@@ -441,7 +442,7 @@ class Checkpoints:
         """
         assert self._background, "saving is for the with statement"
         while True:
-            if not self._settle(block=wait):
+            if not self._settle(block=wait or after_all):
                 self._skip(step, f"the save of step {self._begun:,} is under way")
                 return
             if wait and self._failure:

@@ -467,7 +467,7 @@ class _Run:
                     self.events.progress()  # so that is known what steps up to here took
                     # While updates are skipped the newest checkpoint stays one from before.
                     if owed and taken and not last:  # the last one is waited for, below
-                        self.save(step, state)
+                        self.save(step, state, after_all=self.best.step == step)
                         owed = False
                     clock.restart(step)
                     if self.is_over:
@@ -483,12 +483,14 @@ class _Run:
             )
         return state
 
-    def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+    def save(
+        self, step: int, state: TrainState, *, wait: bool = False, after_all: bool = False
+    ) -> None:
         """Begin to save a state whose copies are the same, or wait until it is done."""
         if self.comparer:
             self.refuse_differences(step, self.comparer.compare(state))
         with self.watchdog.phase("save"), self.events.spent.of("checkpoint"):
-            self.checkpoints.save(step, state, wait=wait)
+            self.checkpoints.save(step, state, wait=wait, after_all=after_all)
 
     def awaited(self, batches: Iterator[Batch], watch: DeviceWatch) -> Iterator[Batch]:
         """The batches. The time in which the devices have no step to compute, because none is
@@ -719,9 +721,14 @@ class _Run:
         the latter.
         """
         params, last, best = state.params, int(state.step), self.best.step
-        if best not in (None, last) and best in self.checkpoints.steps():
-            like = abstract_all(self.config, self.mesh)
-            params = self.checkpoints.restore_params(like, best)
+        if best in self.checkpoints.steps():
+            if best != last:
+                like = abstract_all(self.config, self.mesh)
+                params = self.checkpoints.restore_params(like, best)
+        elif best is not None:
+            self.log.say(
+                f"best       step {best:,} could not be saved: step {last:,} is used instead"
+            )
         with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
             figures, folder = None, self.run_dir / "said"
             labels, splits = self.config.model.head != "lm", self.labelled.splits

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,7 +78,14 @@ def evaluate(run_dir: str, given: Evaluate) -> None:
 
 
 def predict_file(
-    run_dir: str, path: str, out: str, *, step: int | None, batch_size: int, max_tokens: int
+    run_dir: str,
+    path: str,
+    out: str,
+    task_given: TaskConfig,
+    *,
+    step: int | None,
+    batch_size: int,
+    max_tokens: int,
 ) -> None:
     """Write what the run says of each example of a file, a chunk at a time; what is written already
     is not said again.
@@ -86,15 +93,11 @@ def predict_file(
     from gptjax.prompting import Asking
     from gptjax.tasks import Problems
 
-    config = task_config(run_dir)
+    config = task_config(run_dir, task_given)
     problems = Problems(config.task.on_bad_example, path)
     task, _ = _task_of(config, 0)
     examples = iter(task.read((path,), problems, labelled=False))
-    done = _whole_lines(Path(out))
-    if sum(1 for _ in itertools.islice(examples, done)) < done:
-        raise ConfigError(
-            f"--out {out} has {done:,} lines, more than {path} has examples: give another --out"
-        )
+    done = _pass_over(examples, Path(out), path)
     how = Asking(batch_size=batch_size, max_tokens=max_tokens)
     said = _Speaker(run_dir, config, task, step, how, ())
     before = done
@@ -211,14 +214,34 @@ def _task_of(config: Config, shots: int) -> "tuple[Task, list[Any]]":
     return task, examples
 
 
-def _whole_lines(path: Path) -> int:
-    """How many lines of a file are whole; what was being written when a process was killed goes."""
-    if not path.exists():
+def _pass_over(examples: "Iterator[Any]", out: Path, path: str) -> int:
+    """Pass over the examples that a file has whole lines of, and count them; what was being written
+    when a process was killed goes.
+
+    Raises:
+      ConfigError: if the lines are of other examples; nothing is changed.
+    """
+    if not out.exists():
         return 0
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    return content.count(b"\n")
+    done = size = 0
+    with out.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            example = next(examples, None)
+            begins = None if example is None else _line(example, {})[:-1].encode()
+            if begins is None or not line.startswith(begins):
+                raise ConfigError(
+                    f"--out {out}: its line {done + 1:,} does not say of {path} what comes "
+                    "there: give another --out, or delete it"
+                )
+            done, size = done + 1, size + len(line)
+        file.truncate(size)
+    return done
+
+
+def _line(example: Any, said: "Prediction") -> str:
+    return json.dumps({"where": example.where} | said, ensure_ascii=False)
 
 
 def _write_lines(
@@ -227,5 +250,4 @@ def _write_lines(
     """A line of JSON for each example: where it was read, and what was said."""
     with path.open(mode, encoding="utf-8") as file:
         for example, said in zip(examples, predictions, strict=True):
-            line = {"where": example.where} | ({"too_long": True} if said is None else said)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(_line(example, {"too_long": True} if said is None else said) + "\n")

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -80,8 +80,8 @@ class Predict:
     out: str | None = None
     batch_size: Count = 16  # with --out: rows, or texts, at a time
     max_tokens: Count = 64  # with --out: of a text that is written
-    # of the checkpoint; None: the best of a task, or the newest, or with --out the best
-    step: Whole | None = None
+    step: Whole | None = None  # of the checkpoint; None: the best of a task, or the newest
+    task: TaskConfig = field(default_factory=TaskConfig)  # with --out: how the file is read
     debug: bool = False  # show the traceback of an error
 
 
@@ -207,6 +207,7 @@ def predict(run_dir: str, given: Predict) -> None:
             run_dir,
             given.text,
             given.out,
+            given.task,
             step=given.step,
             batch_size=given.batch_size,
             max_tokens=given.max_tokens,
