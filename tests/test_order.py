@@ -61,6 +61,7 @@ ORDER = (
     "resume",
     "clock",
     "summary",
+    "ready",
     "train",
     "report",
     "outcome",

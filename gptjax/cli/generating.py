@@ -18,6 +18,7 @@ from gptjax.config import (
     NotNegative,
     Positive,
     Probability,
+    TaskConfig,
     Whole,
     refuse,
 )
