@@ -1,5 +1,6 @@
 """Training on labelled tasks, from the examples to the predictions."""
 
+import fcntl
 import io
 import json
 import random
@@ -23,6 +24,7 @@ from gptjax.config import (
 )
 from gptjax.metrics import read_metrics
 from gptjax.outcome import is_wrong, over_seeds
+from gptjax.rundir import BusyError
 from gptjax.tasks import make_task
 from gptjax.tasks.dialogue import Message
 from gptjax.tokenizer import ByteTokenizer
@@ -121,15 +123,18 @@ def test_the_best_of_several_figures_is_the_first_of_the_largest():
     assert best_of(losses, replace(config, task=TaskConfig(kind="pairs"))).step == 2
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def text_run(folder, **fields):
     """A run on text."""
-    folder = tmp_path_factory.mktemp("base")
     (folder / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
     data = DataConfig(path=(str(folder / "text.txt"),), store_dir=str(folder / "stores"))
-    config = classes(folder, task={"kind": None, "train": (), "valid": ()}, data=data)
+    config = classes(folder, task={"kind": None, "train": (), "valid": ()}, data=data, **fields)
     fit(replace(config, steps=2, eval_every=None), folder / "run")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return text_run(tmp_path_factory.mktemp("base"))
 
 
 def read(run_dir) -> dict[str, np.ndarray]:
@@ -260,6 +265,33 @@ def test_predict_goes_on_with_a_file_that_is_not_whole(tuned):
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
 
 
+def test_predict_reads_a_file_as_it_is_told(tuned, tmp_path):
+    lines = (tuned / "valid.tsv").read_text().splitlines()[1:9]
+    rows = [f'{i},"{line.partition(chr(9))[0]}"' for i, line in enumerate(lines)]
+    given, out = tmp_path / "given.csv", tmp_path / "out.jsonl"
+    given.write_text("\n".join(["number,said", *rows]) + "\n")
+    run("predict", tuned / "run", given, "--out", out, "--task.text-column", "said")
+    assert [json.loads(line)["where"] for line in out.open()] == [
+        f"{given}:{i}" for i in range(2, 10)
+    ]
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match="its line 1 does not say of"):
+        run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    with pytest.raises(ConfigError, match="give --out FILE"):
+        run("predict", tuned / "run", "red fire", "--task.text-column", "said")
+    assert out.read_bytes() == before
+
+
+def test_one_process_at_a_time_writes_a_file_of_predictions(tuned, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with out.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BusyError, match="is being written by another process"):
+            run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    assert len(out.read_text().splitlines()) == 64
+
+
 def test_a_language_model_is_asked_in_words(base, tuned, capsys):
     asked = ["--task.kind", "classify", "--task.valid", tuned / "valid.tsv", "--limit", 6]
     asked += ["--task.train", tuned / "train.tsv"]
@@ -268,6 +300,12 @@ def test_a_language_model_is_asked_in_words(base, tuned, capsys):
         assert "accuracy " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is of no task"):
         run("evaluate", base)
+    said = ["predict", base, tuned / "valid.tsv", "--out", tuned / "asked.jsonl"]
+    with pytest.raises(ConfigError, match="the labels are not known"):
+        run(*said, "--task.kind", "classify")
+    run(*said, "--task.kind", "classify", "--task.labels", "cold", "warm")
+    said = [json.loads(line)["label"] for line in (tuned / "asked.jsonl").open()]
+    assert len(said) == 64 and {*said} <= {"cold", "warm"}
 
 
 def test_a_report_has_the_figures_the_labels_taken_for_others_and_the_errors(tuned, capsys):

@@ -1,8 +1,10 @@
 """The verbs of labelled tasks: `gptjax evaluate`, and `gptjax predict RUN FILE --out FILE`."""
 
+import fcntl
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,16 +98,18 @@ def predict_file(
     config = task_config(run_dir, task_given)
     problems = Problems(config.task.on_bad_example, path)
     task, _ = _task_of(config, 0)
+    if task.name in ("classify", "entities") and not task.labels:
+        raise ConfigError("the labels are not known: give --task.labels, or --task.train FILE")
     examples = iter(task.read((path,), problems, labelled=False))
-    done = _pass_over(examples, Path(out), path)
-    how = Asking(batch_size=batch_size, max_tokens=max_tokens)
-    said = _Speaker(run_dir, config, task, step, how, ())
-    before = done
-    while chunk := list(itertools.islice(examples, CHUNK)):
-        predictions = said.of(chunk, problems)
-        problems.refuse()
-        _write_lines(Path(out), chunk, predictions, "a")
-        done += len(chunk)
+    with _alone(Path(out)):
+        before = done = _pass_over(examples, Path(out), path)
+        how = Asking(batch_size=batch_size, max_tokens=max_tokens)
+        said = _Speaker(run_dir, config, task, step, how, ())
+        while chunk := list(itertools.islice(examples, CHUNK)):
+            predictions = said.of(chunk, problems)
+            problems.refuse()
+            _write_lines(Path(out), chunk, predictions, "a")
+            done += len(chunk)
     problems.refuse()
     for line in problems.lines():
         print(line)
@@ -214,6 +218,23 @@ def _task_of(config: Config, shots: int) -> "tuple[Task, list[Any]]":
     return task, examples
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Be the only process that writes a file, as far as the system can tell."""
+    from gptjax.rundir import BusyError
+
+    with out.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"--out {out} is being written by another process: wait for it, or give another"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def _pass_over(examples: "Iterator[Any]", out: Path, path: str) -> int:
     """Pass over the examples that a file has whole lines of, and count them; what was being written
     when a process was killed goes.
@@ -221,8 +242,6 @@ def _pass_over(examples: "Iterator[Any]", out: Path, path: str) -> int:
     Raises:
       ConfigError: if the lines are of other examples; nothing is changed.
     """
-    if not out.exists():
-        return 0
     done = size = 0
     with out.open("rb+") as file:
         for line in file:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gptjax.cli.evaluating import predict_file
+from gptjax.cli.evaluating import predict_file, read_task
 from gptjax.cli.runs import load_model, token_text
 from gptjax.config import (
     ConfigError,
@@ -214,6 +214,8 @@ def predict(run_dir: str, given: Predict) -> None:
             max_tokens=given.max_tokens,
         )
         return
+    if given.task != read_task(run_dir):
+        raise ConfigError("--task.*: it says how a file is read: give --out FILE for what is said")
     import numpy as np
 
     from gptjax.decoding import next_token_logits
