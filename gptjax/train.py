@@ -40,7 +40,7 @@ from gptjax.labelled import (
     predict,
     write_said,
 )
-from gptjax.loading import load_params, read_model, task_of, with_head
+from gptjax.loading import about_adapters, begin_with
 from gptjax.metrics import Log, read_metrics
 from gptjax.model import Params
 from gptjax.ready import Ready, make_ready
@@ -288,21 +288,9 @@ class _Run:
             if self.config.init_from is None:
                 return state
             origin = Path(self.config.init_from)
-            self.log.say(f"begun      with the parameters of {origin}")
-            return with_params(state, self.origin_params(origin, state.params))
-
-    def origin_params(self, origin: Path, params: Params) -> Callable[[], Params]:
-        """What reads the parameters that the run begins with; of its own it keeps adapters, and a
-        head of labels, unless there is the same.
-        """
-        model, mesh = self.config.model, self.mesh
-        own = {name: params[name] for name in ("head", "lora") if name in params}
-        if model.head == "lm" and "lora" not in own:
-            return lambda: load_params(origin, model, mesh)
-        there, fresh = read_model(origin)[0], jax.tree.map(jax.numpy.copy, own)
-        same = (there.head, there.num_labels) == (model.head, model.num_labels)
-        same &= model.head == "span" or task_of(origin)[1] == self.config.task.labels
-        return lambda: with_head(load_params(origin, model, mesh), fresh, same=same)
+            about = about_adapters(origin, self.config.tune)
+            self.log.say(f"begun      with the parameters of {origin}{about}")
+            return with_params(state, begin_with(origin, self.config, self.mesh, state.params))
 
     def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on, and those after each rollback."""
@@ -650,8 +638,8 @@ class _Run:
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
             lines = read_metrics(self.run_dir)
-            best = self.best.step if self.labelled else None
-            self.log.say(summary(lines, self.run_dir, best=best))
+            task, best = config.task.kind, self.best.step
+            self.log.say(summary(lines, self.run_dir, task=task, best=best))
 
     def conclude(self, state: TrainState) -> None:
         """Keep what the best step says of the validation and the test split, and log the figures of

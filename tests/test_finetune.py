@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from launch import in_processes
 
 from gptjax.best import NO_BEST, best_of
 from gptjax.checkpoint import Checkpoints
@@ -21,10 +22,11 @@ from gptjax.config import (
     OptimizerConfig,
     TaskConfig,
     TuneConfig,
+    to_json,
 )
 from gptjax.metrics import read_metrics
 from gptjax.outcome import is_wrong, over_seeds
-from gptjax.rundir import BusyError
+from gptjax.rundir import BusyError, CheckpointError, read_run
 from gptjax.tasks import make_task
 from gptjax.tasks.dialogue import Message
 from gptjax.tokenizer import ByteTokenizer
@@ -163,6 +165,42 @@ def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tune, base
     assert f"accuracy         {figure:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_adapters_alone_are_a_model_with_what_they_began_with(tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    model, tune = replace(MODEL, positions="learned"), TuneConfig(lora_rank=2, lora_alpha=4.0)
+    base = text_run(tmp_path / "text", model=model)
+    config = classes(tmp_path, model=model, tune=tune, steps=4)
+    fit(replace(config, init_from=str(base)), tmp_path / "run")
+    run("export", tmp_path / "run", tmp_path / "apart", "--adapters")
+    assert "adapters of a GPT2ForSequenceClassification: attn.c_attn of rank 4" in (
+        capsys.readouterr().out
+    )
+    size = {path.name: path.stat().st_size for path in (tmp_path / "apart").iterdir()}
+    assert size["adapter_model.safetensors"] < 8000
+    # Merged, apart, and gone on with for no step, it says the same.
+    run("convert", tmp_path / "apart", tmp_path / "merged")
+    run("convert", tmp_path / "apart", tmp_path / "kept", "--adapters")
+    assert read_run(tmp_path / "kept")[0].tune == tune
+    still = OptimizerConfig(learning_rate=0.0)
+    again = replace(config, init_from=str(tmp_path / "apart"), steps=1, optimizer=still)
+    fit(again, tmp_path / "again")
+    capsys.readouterr()
+    said = {}
+    for name in ("run", "merged", "kept", "again"):
+        out = tmp_path / f"{name}.jsonl"
+        run("predict", tmp_path / name, config.task.valid[0], "--out", out)
+        said[name] = [json.loads(line)["probabilities"]["warm"] for line in out.open()]
+    for name, shares in said.items():
+        assert shares == pytest.approx(said["run"], abs=1e-5), name
+    run("export", tmp_path / "again", tmp_path / "once more", "--adapters")
+    with pytest.raises(ConfigError, match="has none"):
+        run("export", base, tmp_path / "none", "--adapters")
+    fit(replace(read_run(base)[0], steps=3), base)  # the base moves on
+    with pytest.raises(CheckpointError, match="has other parameters now"):
+        run("export", tmp_path / "run", tmp_path / "late", "--adapters")
+
+
 KINDS = ("entities", "questions", "pairs")  # and dialogue
 TAGGED = "Ann B-PER\nmet O\nLee B-PER\nin O\nRome B-LOC\n\nshe O\nleft O\nRome B-LOC\n\n"
 
@@ -219,6 +257,44 @@ def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         run("chat", tmp_path / "run", "--max-tokens", 5, "--temperature", 0, "--system", "be")
         assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+GIVEN = """
+from pathlib import Path
+from gptjax.config import from_json
+
+def config():
+    return from_json(Path("given.json").read_text())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classify", "questions"])
+def test_two_processes_learn_a_task_as_one_does(kind, tmp_path, capsys):
+    files = files_of(kind, tmp_path) if kind == "questions" else ()
+    task = dict.fromkeys(("train", "valid", "test"), files) if files else {}
+    config = classes(tmp_path, task={"kind": kind, "overlap": 8} | task)
+    config = replace(config, task=replace(config.task, test=config.task.valid))
+    (tmp_path / "given.json").write_text(to_json(config))
+    (tmp_path / "run.py").write_text(GIVEN)
+    in_processes(tmp_path, "two", 2, devices=2)
+    fit(config, tmp_path / "one")
+    lines = [read_metrics(tmp_path / name) for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 12
+    for one, two in zip(*lines, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            if not name.startswith("time/") and "second" not in name and "perf" not in name:
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    names = ("one", "two")
+    said = [(tmp_path / name / "said" / "test.jsonl").read_text().splitlines() for name in names]
+    words = "label" if kind == "classify" else "text"
+    one, two = ([json.loads(line)[words] for line in lines] for lines in said)
+    assert one == two
+    assert (tmp_path / "two" / "report.html").exists()
+    run("evaluate", tmp_path / "two")
+    figure = best_of(lines[1], config).figure
+    assert f" {figure:.4f}  (95 %" in capsys.readouterr().out
 
 
 def test_a_long_dialogue_gives_up_its_first_messages_but_not_the_scene():

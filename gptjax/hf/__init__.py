@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import GPTConfig, MeshConfig
+from gptjax.config import GPTConfig, MeshConfig, TuneConfig
+from gptjax.hf.adapters import Adapters, base_of, is_peft, read_adapters, write_adapters
 from gptjax.hf.architectures import Architecture, closest, label_names, read_model
 from gptjax.hf.tensors import find_tensors, read_object, write_tensors
 from gptjax.hf.tokenizers import write_tokenizer
@@ -28,7 +30,18 @@ from gptjax.rundir import CheckpointError, sync
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
 
-__all__ = ["is_hf", "load_hf", "read_hf_config", "read_hf_labels", "save_hf"]
+__all__ = [
+    "Adapters",
+    "base_of",
+    "is_hf",
+    "is_peft",
+    "load_hf",
+    "read_adapters",
+    "read_hf_config",
+    "read_hf_labels",
+    "save_adapters",
+    "save_hf",
+]
 
 SHARD_BYTES = 5_000_000_000  # most bytes of a file of tensors, as in Transformers
 TOLERANCE = 1e-4  # of logits, as a part of the largest: what a scale that is folded in may round
@@ -135,17 +148,62 @@ def save_hf(
       CheckpointError: if no architecture holds the model, with the options in the way; if the
         folder is not empty; or if what was written is not the model. Then nothing is left.
     """
-    folder = Path(folder).absolute()
     architecture = closest(config, task)
     params = without_label_bias(params, architecture) if params else params
+    with _whole(Path(folder).absolute()) as new:
+        _write(new, architecture, config, params, tokenizer, dtype, shard_bytes, labels)
+        _check(new, config, params, dtype)
+    return architecture.name
+
+
+def save_adapters(
+    folder: Path | str,
+    config: GPTConfig,
+    tune: TuneConfig,
+    params: Params,
+    base: Path | str,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    *,
+    task: str | None = None,
+    labels: Sequence[str] = (),
+) -> tuple[str, dict[str, int]]:
+    """Write adapters alone, with the head of a task, as PEFT opens them on their base.
+
+    Args:
+      folder: not there yet, or empty.
+      config: the model.
+      tune: how the adapters were trained.
+      params: of a run with adapters.
+      base: the run, or the folder of Transformers, whose weights they change.
+      dtype: of the tensors.
+      task: as of `save_hf`.
+      labels: likewise.
+    Returns:
+      the class of the model in Transformers, and the rank of each kind of module that has an
+      adapter.
+    Raises:
+      CheckpointError: as `save_hf` does.
+    """
+    architecture, base = closest(config, task), Path(base).absolute()
+    if config.head == "lm" and is_hf(base):
+        architecture = _read_config(base)[0]
+    params = without_label_bias(params, architecture)
+    with _whole(Path(folder).absolute()) as new:
+        given = (new, architecture, config, tune, params, dtype)
+        ranks = write_adapters(*given, base=base, labels=labels)
+    return architecture.name, ranks
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes this one if nothing is raised."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: is there already; give another folder, or delete it")
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        _write(new, architecture, config, params, tokenizer, dtype, shard_bytes, labels)
-        _check(new, config, params, dtype)
+        yield new
         sync(new)
         if folder.exists():
             folder.rmdir()
@@ -153,7 +211,6 @@ def save_hf(
     finally:
         shutil.rmtree(new, ignore_errors=True)
     sync(folder.parent)
-    return architecture.name
 
 
 def _write(folder, architecture, config, params, tokenizer, dtype, shard_bytes, labels) -> None:
