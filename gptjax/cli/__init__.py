@@ -120,7 +120,7 @@ def run_verb(arguments: Sequence[str]) -> None:
     default, placeholder = options(), PLACEHOLDERS.get(verb, "RUN")
     if target and hasattr(default, "config"):
         default = dataclasses.replace(default, config=load_experiment(target))
-    if target and options is Evaluate:
+    if target and options in (Evaluate, Predict):
         default = dataclasses.replace(default, task=read_task(target))
     if options is Prepare and "--beam" in rest:
         place = rest.index("--beam")
