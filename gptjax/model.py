@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from gptjax.attention import UNSEEN, Mask, attend, attend_cache, choose
 from gptjax.config import GPTConfig
 from gptjax.data import WORD_BITS, Batch
-from gptjax.sharding import constrain, gather, stored
+from gptjax.sharding import constrain, constrain_stored, gather, parts, stored
 
 Params = dict[str, Any]
 Block = Callable[[Params, jax.Array, jax.Array, int | None], jax.Array]
@@ -742,10 +742,13 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
     """The loss, and its gradients, made while the logits of a piece exist.
 
     The softmax is never divided by its sums: that scales rows, so it is left to the products with
-    D, which is much smaller than V.
+    D, which is much smaller than V. The gradient of the unembedding has a term R for each device's
+    rows, which are added up once, after the last piece: each piece would else wait for a sum over
+    the network that is larger than itself.
     """
+    B, R = x_BTD.shape[0], parts("B", x_BTD.shape[0])
 
-    def piece_gradients(dunembedding_DV: jax.Array, piece: tuple[jax.Array, ...]):
+    def piece_gradients(dunembedding_RDV: jax.Array, piece: tuple[jax.Array, ...]):
         x, targets, weights = piece
         logits_BTV = _logits(x, unembedding_VD, config)
         losses, exp_BTV, sums = _softmax(logits_BTV, targets)
@@ -757,19 +760,20 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
             "BTV,VD->BTD", dlogits_BTV, unembedding_VD, preferred_element_type=jnp.float32
         )
         # As DV, not VD: that would transpose the larger factor of the product.
-        dunembedding_DV += jnp.einsum(
-            "BTD,BTV->DV",
-            (x * scale).astype(x.dtype),
-            dlogits_BTV,
-            preferred_element_type=jnp.float32,
+        x_RbTD, dlogits_RbTV = (
+            y.reshape(R, B // R, *y.shape[1:]) for y in ((x * scale).astype(x.dtype), dlogits_BTV)
         )
-        dunembedding_DV = constrain(dunembedding_DV, "DV")
-        return dunembedding_DV, ((dx * scale).astype(x.dtype), (losses * weights).sum())
+        dunembedding_RDV += jnp.einsum(
+            "RbTD,RbTV->RDV", x_RbTD, dlogits_RbTV, preferred_element_type=jnp.float32
+        )
+        dunembedding_RDV = constrain(dunembedding_RDV, "BDV")
+        return dunembedding_RDV, ((dx * scale).astype(x.dtype), (losses * weights).sum())
 
     pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
-    zeros_DV = jnp.zeros(unembedding_VD.shape[::-1], jnp.float32)
-    dunembedding_DV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_DV, pieces)
-    return losses.sum(), (_join(dx), dunembedding_DV.T.astype(unembedding_VD.dtype))
+    zeros_RDV = constrain(jnp.zeros((R, *unembedding_VD.shape[::-1]), jnp.float32), "BDV")
+    dunembedding_RDV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_RDV, pieces)
+    dunembedding_VD = constrain_stored(dunembedding_RDV.sum(0).T, "VD")
+    return losses.sum(), (_join(dx), dunembedding_VD.astype(unembedding_VD.dtype))
 
 
 def _unembed_loss_backward(
@@ -801,4 +805,6 @@ def _join(pieces: jax.Array) -> jax.Array:
 
 
 def _resolved(config: GPTConfig) -> GPTConfig:
-    return resolve(config, jax.default_backend())[0]
+    """For the devices of the mesh that is set, which need not be there; else for those that are."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return resolve(config, device.platform if device else jax.default_backend())[0]

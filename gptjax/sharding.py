@@ -132,6 +132,17 @@ def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -
     )
 
 
+def parts(letter: str, size: int) -> int:
+    """How many parts a dimension in use has on the mesh that is set, of which each is on devices of
+    its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return 1
+    number = _extent(mesh, _free(mesh, IN_USE[letter]))
+    return number if size % number == 0 else 1
+
+
 def _extent(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 

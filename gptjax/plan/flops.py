@@ -1,0 +1,70 @@
+"""The floating-point operations of a function, counted in what JAX traced of it."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import Jaxpr
+
+
+def count_flops(jaxpr: Jaxpr) -> Counter[str]:
+    """FLOPs of matrix products on all devices together, by the name of the primitive; a loop
+    counts as often as it turns.
+
+    A kernel counts for every block that it has, also those that it passes over at run time, and
+    NVIDIA's fused attention for half of the scores if it is causal.
+    """
+    total: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            total[name] += _product(equation)
+        elif name.startswith("dot_product_attention"):
+            total["attention"] += _fused_attention(equation)
+        elif name == "cond":
+            branches = [count_flops(branch.jaxpr) for branch in params["branches"]]
+            total += max(branches, key=lambda one: sum(one.values()))
+        else:
+            times = _times(name, params)
+            for inner in _inner(params):
+                for kind, flops in count_flops(inner).items():
+                    total["attention" if name == "pallas_call" else kind] += times * flops
+    return total
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    """How often what is inside an equation runs, on all devices together."""
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+    return 1
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                yield one
+
+
+def _product(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    out = equation.outvars[0].aval.shape
+    return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _fused_attention(equation: Any) -> int:
+    """Two products [T, H] x [H, S] forward, and five backward, of which one makes the scores
+    again.
+    """
+    q, k = (variable.aval.shape for variable in equation.invars[:2])
+    B, T, N, H = q
+    products = 5 if "bwd" in equation.primitive.name else 2
+    causal = "CAUSAL" in str(equation.params.get("mask_type", ""))
+    return products * 2 * B * N * T * k[1] * H // (2 if causal else 1)
