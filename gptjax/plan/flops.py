@@ -7,6 +7,8 @@ from typing import Any
 
 from jax.extend.core import Jaxpr
 
+from gptjax.config import GPTConfig
+
 
 def count_flops(jaxpr: Jaxpr) -> Counter[str]:
     """FLOPs of matrix products on all devices together, by the name of the primitive; a loop
@@ -68,3 +70,44 @@ def _fused_attention(equation: Any) -> int:
     products = 5 if "bwd" in equation.primitive.name else 2
     causal = "CAUSAL" in str(equation.params.get("mask_type", ""))
     return products * 2 * B * N * T * k[1] * H // (2 if causal else 1)
+
+
+def executed_flops(model: GPTConfig) -> float:
+    """FLOPs of a token in training as they are done, by a formula: with what is computed again, and
+    of attention only what its implementation does not pass over.
+
+    Args:
+      model: with nothing left to choose.
+    """
+    size = model.sizes
+    D, N, K, H, F, V, L, T = (size[letter] for letter in "DNKHFVLP")
+    V = V if model.head == "lm" else size["C"]
+    ffn = (3 if model.activation == "swiglu" else 2) * D * F
+    block = 2 * D * (N + K) * H + ffn
+    # The output of a block's last product is in no gradient, so it is not computed again.
+    again = 2 * (block - D * F) if model.remat == "full" else 0
+    keys = sum(_keys(model, window or T) for window in model.windows) / len(model.windows)
+    return L * (6 * block + again + _products(model) * 2 * N * H * keys) + 6 * V * D
+
+
+def _keys(model: GPTConfig, window: int) -> float:
+    """Keys that are multiplied with a query, on average."""
+    T = model.context_size
+    if model.attention == "xla":
+        return T
+    if model.attention == "cudnn":
+        return T / 2 if window >= T and not model.bidirectional else min(window, T)
+    block = max(128, -(-T // 16)) if model.attention == "blockwise" else math.gcd(T, 512)
+    both = 2 if model.bidirectional else 1
+    whole = T if model.bidirectional else (T + block) / 2
+    return min(both * min(window, T) + block, whole)
+
+
+def _products(model: GPTConfig) -> int:
+    """Products of queries and keys, or of their like, forward and backward."""
+    forward, backward = 2, 4 if model.attention == "xla" else 5
+    if model.remat == "none":
+        return forward + backward
+    if model.remat == "dots" and model.attention in ("xla", "blockwise"):
+        return forward + backward + (1 if model.attention == "xla" else 0)
+    return 2 * forward + backward

@@ -110,7 +110,9 @@ class Program:
         op = re.search(r'op_name="([^"]*)"', instruction.rest)
         frame = re.search(r"stack_frame_id=(\d+)", instruction.rest)
         line = self._lines.get(int(frame[1]), "") if frame else ""
-        if not line and (match := re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.rest)):
+        if not line and (
+            match := re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.rest)
+        ):
             line = f"{match[1].rpartition('/')[2]}:{match[2]}"
         return line, op[1] if op else ""
 
@@ -295,9 +297,7 @@ def _size(shape: str) -> int:
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
     """A group of devices that exchange something among them; of a permutation its ring."""
     if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes):
-        following = {
-            int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match[1])
-        }
+        following = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match[1])}
         first = next(iter(following))
         group = [first]
         while (place := following.get(group[-1])) is not None and place not in group:
@@ -322,7 +322,9 @@ def _mesh_group(text: str) -> tuple[int, ...]:
     """Of `mesh['a'=2,'b'=4] {'b'}`, perhaps with an order of the devices, the first group."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text.partition("]")[0])}
     order = np.arange(math.prod(sizes.values()))
-    if match := re.search(r"device_ids=\(?\[?([\d,]+)\]?(?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", text):
+    if match := re.search(
+        r"device_ids=\(?\[?([\d,]+)\]?(?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", text
+    ):
         if match[2]:
             source = tuple(map(int, match[2].split(",")))
             order = np.arange(math.prod(source)).reshape(source)

@@ -1,0 +1,227 @@
+"""A plan as text, and as JSON."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gptjax.plan import Plan
+from gptjax.plan.roofline import ASSUMPTIONS, formula_flops, model_flops
+
+GIB = 2**30
+MOST_LISTED = 12  # exchanges in the table; JSON has all
+
+
+def summary(found: Plan) -> str:
+    """The plan as a table for a terminal."""
+    sections = [_head(found), _memory(found), _work(found), _exchanges(found), _time(found)]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def as_json(found: Plan) -> dict[str, Any]:
+    """All figures of a plan, in bytes, FLOPs and seconds."""
+    compiled, time = found.compiled, found.time
+    limit = found.topology.chip.memory
+    return {
+        "estimate": "nothing was measured",
+        "experiment": found.config.name,
+        "topology": str(found.topology),
+        "devices": found.topology.num_devices,
+        "mesh": dict(found.axes),
+        "layout": options(found),
+        "attention": found.config.model.attention,
+        "memory": {
+            "kinds": found.memory.kinds(),
+            "parts": [part._asdict() for part in found.memory.parts],
+            "highest": found.memory.moment,
+            "sum": found.memory.total,
+            "compiler_peak": compiled and compiled.peak,
+            "compiler_arguments": compiled and compiled.arguments,
+            "device": None if math.isinf(limit) else limit,
+            "fits": found.margin >= 0,
+        },
+        "flops": {
+            "model": model_flops(found.config),
+            "formula": formula_flops(found.config),
+            "jaxpr": compiled and compiled.flops,
+        },
+        "bytes_moved": compiled and compiled.moved,
+        "collectives": [one._asdict() for one in compiled.collectives] if compiled else [],
+        "seconds": {
+            "compute": time.compute,
+            "memory": time.memory,
+            "network": dict(time.network),
+            "least": time.least,
+            "most": time.most,
+            "source": time.source,
+            "compile": compiled and compiled.seconds,
+        },
+        "bounds": {
+            name: {
+                "mfu": found.mfu(seconds),
+                "tokens_per_second": found.step_tokens / seconds,
+                "days": found.days(seconds),
+                "kilowatt_hours": found.energy(seconds),
+                "money": found.money(seconds),
+            }
+            for name, seconds in (("best", time.least), ("worst", time.most))
+        },
+        "assumptions": [*ASSUMPTIONS],
+    }
+
+
+def options(found: Plan) -> dict[str, Any]:
+    """The options of `train` that make the layout."""
+    config, mesh = found.config, found.config.mesh
+    chosen = {f"mesh.{axis}": size for axis, size in found.axes.items() if axis != "data"}
+    if mesh.data is not None:
+        chosen["mesh.data"] = mesh.data
+    chosen |= {"accumulate": config.accumulate, "model.remat": config.model.remat}
+    chosen["model.attention"] = config.model.attention
+    return {name: value for name, value in chosen.items() if value != 1}
+
+
+def _head(found: Plan) -> list[str]:
+    config, topology = found.config, found.topology
+    model = config.model
+    number = sum(math.prod(leaf) for leaf in _shapes(found))
+    rows = found.axes["data"] * found.axes["fsdp"] * config.accumulate
+    parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.axes.items() if size > 1)
+    each = config.batch_size / rows
+    return [
+        f"{config.name} on {topology}: an estimate, nothing was measured",
+        f"model      {number:,} parameters, {model.compute_dtype} compute, remat {model.remat}, "
+        f"attention {model.attention} ({found.reason})",
+        f"mesh       {mesh or 'one device'}: {topology.num_devices:,} devices",
+        f"batch      {config.batch_size:,} rows of {model.context_size:,} tokens{parts}: "
+        f"{each:g} rows at once for each of {found.axes['data'] * found.axes['fsdp']:,} groups",
+    ]
+
+
+def _shapes(found: Plan) -> list[tuple[int, ...]]:
+    from gptjax.plan.memory import leaves
+
+    return [leaf.shape for leaf in leaves(found.config.model, found.config.tune)]
+
+
+def _memory(found: Plan) -> list[str]:
+    rows = [("memory of a device", found.memory.moment, "GiB", "share")]
+    total = found.memory.total
+    for kind, num_bytes in found.memory.kinds().items():
+        rows.append((kind, _largest(found, kind), _gib(num_bytes), f"{num_bytes / total:.1%}"))
+    rows.append(("sum, by formula", "", _gib(total), ""))
+    if found.compiled:
+        apart = total / found.compiled.peak - 1
+        rows.append(("compiler's peak", "", _gib(found.compiled.peak), f"sum {apart:+.1%}"))
+    lines = columns(rows, numbers=2)
+    limit = found.topology.chip.memory
+    if not math.isinf(limit):
+        fits = "fits, with" if found.margin >= 0 else "DOES NOT FIT, by"
+        lines.append(
+            f"{fits} {_gib(abs(found.margin))} GiB {'to spare' if found.margin >= 0 else ''}"
+            f"{'' if found.margin < 0 else ' '}of {_gib(limit)} GiB"
+        )
+    return lines
+
+
+def _largest(found: Plan, kind: str) -> str:
+    """The largest parts of a kind, by name."""
+    named: dict[str, int] = {}
+    for part in found.memory.parts:
+        if part.kind == kind:
+            name = f"{part.name} [{part.letters}]" if part.letters else part.name
+            named[name] = named.get(name, 0) + part.num_bytes
+    first = sorted(named, key=named.get, reverse=True)[:2]
+    return ", ".join(first) if len(named) > 1 else ""
+
+
+def _work(found: Plan) -> list[str]:
+    compiled = found.compiled
+    rows = [
+        ("work of a step", "FLOPs"),
+        ("of the model, as MFU counts them", f"{model_flops(found.config):.4g}"),
+        ("done, by formula", f"{formula_flops(found.config):.4g}"),
+    ]
+    if compiled:
+        rows.append(("done, counted in the traced step", f"{compiled.flops:.4g}"))
+    if compiled and compiled.moved:
+        rows.append(("bytes read and written by a device", f"{compiled.moved:.4g}"))
+    return columns(rows, numbers=1)
+
+
+def _exchanges(found: Plan) -> list[str]:
+    if not found.compiled or not found.compiled.collectives:
+        return []
+    rows = [("collective", "axes", "of", "from", "MB", "times", "")]
+    collectives = found.compiled.collectives
+    for one in collectives[:MOST_LISTED]:
+        shape = f"{one.dtype}[{one.shape}]"
+        mark = "unexpected: " + why if (why := unexpected(one, found)) else ""
+        size = f"{one.num_bytes / 1e6:,.2f}"
+        rows.append((one.kind, one.axis, shape, one.line, size, f"{one.count:,}", mark))
+    lines = columns(rows, numbers=0)
+    if len(collectives) > MOST_LISTED:
+        rest = sum(one.num_bytes * one.count for one in collectives[MOST_LISTED:])
+        lines.append(f"... and {len(collectives) - MOST_LISTED} more of {rest / 1e6:,.0f} MB")
+    return lines
+
+
+def unexpected(one: Any, found: Plan) -> str:
+    """What no layout asks for: why a collective should not be there, or nothing."""
+    if one.num_bytes < 2**20:
+        return ""
+    if (
+        one.kind == "all-gather"
+        and one.dtype == "f32"
+        and found.config.model.compute_dtype != "float32"
+    ):
+        return "parameters or activations are gathered in float32"
+    if one.kind == "all-to-all":
+        return "a tensor changes the dimension that it is split on"
+    return ""
+
+
+def _time(found: Plan) -> list[str]:
+    time, limits = found.time, (found.time.least, found.time.most)
+    source = "by the compiled step" if time.source == "compiler" else "by formula"
+    rows = [("time of a step", "seconds"), ("compute", f"{time.compute:,.4g}")]
+    if time.memory is not None:
+        rows.append((f"memory, {source}", f"{time.memory:,.4g}"))
+    for axis, seconds in sorted(time.network.items(), key=lambda item: -item[1]):
+        rows.append((f"network along {axis}, {source}", f"{seconds:,.4g}"))
+    lines = [*columns(rows, numbers=1), ""]
+    table = [("bounds", "at best", "nothing overlaps")]
+    table.append(("step, seconds", *(f"{seconds:,.4g}" for seconds in limits)))
+    table.append(("MFU, all keys counted", *(f"{found.mfu(seconds):.1%}" for seconds in limits)))
+    table.append(
+        ("tokens a second", *(f"{found.step_tokens / seconds:,.0f}" for seconds in limits))
+    )
+    steps = f"days for {found.config.steps * found.step_tokens:.3g} tokens"
+    table.append((steps, *(f"{found.days(seconds):,.2f}" for seconds in limits)))
+    if found.topology.chip.watts:
+        table.append(("megawatt-hours", *(f"{found.energy(s) / 1000:,.4g}" for s in limits)))
+    if found.price:
+        name = f"money, {found.price:g} a chip and hour"
+        table.append((name, *(f"{found.money(seconds):,.0f}" for seconds in limits)))
+    lines += columns(table, numbers=2)
+    return [*lines, "", "assumed:", *(f"- {one}" for one in ASSUMPTIONS)]
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.2f}"
+
+
+def columns(rows: Sequence[tuple[str, ...]], numbers: int) -> list[str]:
+    """Cells under each other, of which so many at the right are of numbers."""
+    return list(_columns(rows, numbers))
+
+
+def _columns(rows: Sequence[tuple[str, ...]], numbers: int) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    words = len(widths) - numbers
+    for row in rows:
+        cells = [
+            cell.ljust(width) if place < words else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
