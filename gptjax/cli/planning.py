@@ -22,6 +22,7 @@ class Plan:
     slices: Count = 1  # so many of them, joined by the slower network between slices
     compile: bool = True  # with the compiler of that hardware; else all by formula, at once
     price: Positive | None = None  # of a chip for an hour: the money of the whole run is shown
+    explain: bool = False  # say where each parameter and activation lies, and what is not split
     json: str | None = None  # a file for all figures
     html: str | None = None  # a file for the plan as a page
     debug: bool = False  # show the traceback of an error
@@ -33,7 +34,9 @@ def plan(experiment: str, given: Plan) -> None:
     refuse([*_problems(given)])
     _alone()
     from gptjax.plan import plan as make_plan
-    from gptjax.plan.report import as_json, summary
+    from gptjax.plan.explain import explain
+    from gptjax.plan.page import write_page
+    from gptjax.plan.report import as_json, columns, summary
     from gptjax.plan.topologies import parse_topology
     from gptjax.rows import with_vocabulary
     from gptjax.tokenizer import make_tokenizer
@@ -46,8 +49,12 @@ def plan(experiment: str, given: Plan) -> None:
         config = dataclasses.replace(config, model=model)
     found = make_plan(config, topology, compiling=given.compile, price=given.price)
     print(summary(found))
+    if given.explain:
+        print("\n" + "\n".join(columns([*explain(found)], numbers=0)))
     if given.json:
         Path(given.json).write_text(json.dumps(as_json(found), indent=2) + "\n")
+    if given.html:
+        write_page(found, Path(given.html))
 
 
 def _problems(given: Plan) -> Iterator[str]:

@@ -98,6 +98,7 @@ def _keys(model: GPTConfig, window: int) -> float:
     if model.attention == "cudnn":
         return T / 2 if window >= T and not model.bidirectional else min(window, T)
     block = max(128, -(-T // 16)) if model.attention == "blockwise" else math.gcd(T, 512)
+    block = min(block, T)
     both = 2 if model.bidirectional else 1
     whole = T if model.bidirectional else (T + block) / 2
     return min(both * min(window, T) + block, whole)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
 from jax.extend.core import Jaxpr, Literal
+from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.config import GPTConfig
 from gptjax.data import Batch

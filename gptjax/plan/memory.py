@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-
 from gptjax.config import Config, GPTConfig, TuneConfig
 from gptjax.data import Batch
 from gptjax.guard import no_recent

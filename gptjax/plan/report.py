@@ -13,7 +13,15 @@ MOST_LISTED = 12  # exchanges in the table; JSON has all
 
 def summary(found: Plan) -> str:
     """The plan as a table for a terminal."""
-    sections = [_head(found), _memory(found), _work(found), _exchanges(found), _time(found)]
+    sections = [
+        head(found),
+        [*columns(memory_rows(found), numbers=2), verdict(found)],
+        columns(_work_rows(found), numbers=1),
+        _exchanges(found),
+        columns(time_rows(found), numbers=1),
+        columns(bounds(found), numbers=2),
+        ["assumed:", *(f"- {one}" for one in ASSUMPTIONS)],
+    ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -80,7 +88,8 @@ def options(found: Plan) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value != 1}
 
 
-def _head(found: Plan) -> list[str]:
+def head(found: Plan) -> list[str]:
+    """What is planned, in a few lines."""
     config, topology = found.config, found.topology
     model = config.model
     number = sum(math.prod(leaf) for leaf in _shapes(found))
@@ -104,7 +113,8 @@ def _shapes(found: Plan) -> list[tuple[int, ...]]:
     return [leaf.shape for leaf in leaves(found.config.model, found.config.tune)]
 
 
-def _memory(found: Plan) -> list[str]:
+def memory_rows(found: Plan) -> list[tuple[str, ...]]:
+    """Kind, its largest parts, GiB, and share."""
     rows = [("memory of a device", found.memory.moment, "GiB", "share")]
     total = found.memory.total
     for kind, num_bytes in found.memory.kinds().items():
@@ -113,15 +123,17 @@ def _memory(found: Plan) -> list[str]:
     if found.compiled:
         apart = total / found.compiled.peak - 1
         rows.append(("compiler's peak", "", _gib(found.compiled.peak), f"sum {apart:+.1%}"))
-    lines = columns(rows, numbers=2)
-    limit = found.topology.chip.memory
-    if not math.isinf(limit):
-        fits = "fits, with" if found.margin >= 0 else "DOES NOT FIT, by"
-        lines.append(
-            f"{fits} {_gib(abs(found.margin))} GiB {'to spare' if found.margin >= 0 else ''}"
-            f"{'' if found.margin < 0 else ' '}of {_gib(limit)} GiB"
-        )
-    return lines
+    return rows
+
+
+def verdict(found: Plan) -> str:
+    """Whether it fits, and by how much."""
+    limit, left = found.topology.chip.memory, found.margin
+    if math.isinf(limit):
+        return f"{_gib(found.needed)} GiB, of the machine's"
+    if left < 0:
+        return f"DOES NOT FIT: {_gib(-left)} GiB more than the {_gib(limit)} GiB there are"
+    return f"fits: {_gib(left)} GiB of {_gib(limit)} GiB are left"
 
 
 def _largest(found: Plan, kind: str) -> str:
@@ -135,7 +147,7 @@ def _largest(found: Plan, kind: str) -> str:
     return ", ".join(first) if len(named) > 1 else ""
 
 
-def _work(found: Plan) -> list[str]:
+def _work_rows(found: Plan) -> list[tuple[str, str]]:
     compiled = found.compiled
     rows = [
         ("work of a step", "FLOPs"),
@@ -146,23 +158,29 @@ def _work(found: Plan) -> list[str]:
         rows.append(("done, counted in the traced step", f"{compiled.flops:.4g}"))
     if compiled and compiled.moved:
         rows.append(("bytes read and written by a device", f"{compiled.moved:.4g}"))
-    return columns(rows, numbers=1)
+    return rows
 
 
-def _exchanges(found: Plan) -> list[str]:
+def exchange_rows(found: Plan) -> list[tuple[str, ...]]:
+    """The collectives that the compiler made, the largest first."""
     if not found.compiled or not found.compiled.collectives:
         return []
     rows = [("collective", "axes", "of", "from", "MB", "times", "")]
-    collectives = found.compiled.collectives
-    for one in collectives[:MOST_LISTED]:
+    for one in found.compiled.collectives:
         shape = f"{one.dtype}[{one.shape}]"
-        mark = "unexpected: " + why if (why := unexpected(one, found)) else ""
+        mark = f"unexpected: {why}" if (why := unexpected(one, found)) else ""
         size = f"{one.num_bytes / 1e6:,.2f}"
         rows.append((one.kind, one.axis, shape, one.line, size, f"{one.count:,}", mark))
-    lines = columns(rows, numbers=0)
-    if len(collectives) > MOST_LISTED:
-        rest = sum(one.num_bytes * one.count for one in collectives[MOST_LISTED:])
-        lines.append(f"... and {len(collectives) - MOST_LISTED} more of {rest / 1e6:,.0f} MB")
+    return rows
+
+
+def _exchanges(found: Plan) -> list[str]:
+    rows = exchange_rows(found)
+    lines = columns(rows[: MOST_LISTED + 1], numbers=0) if rows else []
+    if len(rows) > MOST_LISTED + 1:
+        rest = found.compiled.collectives[MOST_LISTED:]
+        megabytes = sum(one.num_bytes * one.count for one in rest) / 1e6
+        lines.append(f"and {len(rest):,} more, {megabytes:,.0f} MB together: --json lists them")
     return lines
 
 
@@ -181,30 +199,35 @@ def unexpected(one: Any, found: Plan) -> str:
     return ""
 
 
-def _time(found: Plan) -> list[str]:
-    time, limits = found.time, (found.time.least, found.time.most)
+def time_rows(found: Plan) -> list[tuple[str, str]]:
+    """What a step spends its time on."""
+    time = found.time
     source = "by the compiled step" if time.source == "compiler" else "by formula"
     rows = [("time of a step", "seconds"), ("compute", f"{time.compute:,.4g}")]
     if time.memory is not None:
         rows.append((f"memory, {source}", f"{time.memory:,.4g}"))
     for axis, seconds in sorted(time.network.items(), key=lambda item: -item[1]):
         rows.append((f"network along {axis}, {source}", f"{seconds:,.4g}"))
-    lines = [*columns(rows, numbers=1), ""]
-    table = [("bounds", "at best", "nothing overlaps")]
-    table.append(("step, seconds", *(f"{seconds:,.4g}" for seconds in limits)))
-    table.append(("MFU, all keys counted", *(f"{found.mfu(seconds):.1%}" for seconds in limits)))
-    table.append(
-        ("tokens a second", *(f"{found.step_tokens / seconds:,.0f}" for seconds in limits))
-    )
-    steps = f"days for {found.config.steps * found.step_tokens:.3g} tokens"
-    table.append((steps, *(f"{found.days(seconds):,.2f}" for seconds in limits)))
+    return rows
+
+
+def bounds(found: Plan) -> list[tuple[str, str, str]]:
+    """What follows from it for the whole run, at best and if nothing overlaps."""
+    limits = (found.time.least, found.time.most)
+    run = f"days, {found.config.steps * found.step_tokens:.3g} tokens"
+    rows = [
+        ("bounds", "all overlaps", "nothing overlaps"),
+        ("seconds of a step", *(f"{one:,.4g}" for one in limits)),
+        ("MFU, all keys counted", *(f"{found.mfu(one):.1%}" for one in limits)),
+        ("tokens a second", *(f"{found.step_tokens / one:,.0f}" for one in limits)),
+        (run, *(f"{found.days(one):,.2f}" for one in limits)),
+    ]
     if found.topology.chip.watts:
-        table.append(("megawatt-hours", *(f"{found.energy(s) / 1000:,.4g}" for s in limits)))
+        rows.append(("megawatt-hours", *(f"{found.energy(one) / 1000:,.4g}" for one in limits)))
     if found.price:
         name = f"money, {found.price:g} a chip and hour"
-        table.append((name, *(f"{found.money(seconds):,.0f}" for seconds in limits)))
-    lines += columns(table, numbers=2)
-    return [*lines, "", "assumed:", *(f"- {one}" for one in ASSUMPTIONS)]
+        rows.append((name, *(f"{found.money(one):,.0f}" for one in limits)))
+    return rows
 
 
 def _gib(num_bytes: float) -> str:

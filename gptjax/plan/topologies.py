@@ -1,4 +1,4 @@
-"""Hardware that need not be here: chips by their data sheets, and how many of them are joined how."""
+"""Hardware that need not be here: chips by their data sheets, and how they are joined."""
 
 import difflib
 import importlib.util

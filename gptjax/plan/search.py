@@ -1,0 +1,226 @@
+"""Layouts of a run on given hardware: all by formula, the promising ones by the compiler."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import Config, ConfigError, GPTConfig, MeshConfig, violations
+from gptjax.model import resolve
+from gptjax.plan import Plan, find_peak, plan
+from gptjax.plan.memory import Memory, memory
+from gptjax.plan.network import arrange, mesh_axes
+from gptjax.plan.roofline import Time, step_time
+from gptjax.plan.topologies import Topology
+
+# The formula may be that much below the compiler's peak, so a layout is compiled only if it fits
+# with it.
+RESERVE = 1.1
+MOST_TENSOR = 32
+MOST_ACCUMULATED = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay out a run, by formula."""
+
+    config: Config
+    memory: Memory
+    time: Time
+
+    @property
+    def seconds(self) -> float:
+        """By which layouts are compared: the mean of both bounds."""
+        return (self.time.least + self.time.most) / 2
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    tried: int  # layouts, by formula
+    front: Sequence[Layout]  # no other is both faster and smaller; the fastest first
+    plans: Sequence[Plan]  # of those that were compiled, in that order
+    best: Plan | None  # None: nothing fits
+
+
+def seconds_of(found: Plan) -> float:
+    return (found.time.least + found.time.most) / 2
+
+
+def search(
+    config: Config,
+    topology: Topology,
+    *,
+    compiling: bool = True,
+    price: float | None = None,
+    most_compiled: int = 4,
+    say: Callable[[str], None] = lambda line: None,
+) -> Found:
+    """The fastest layout that fits.
+
+    Args:
+      config: mesh, accumulate, remat and attention of it are tried anew, and nothing else.
+      topology: the hardware.
+      compiling: whether the promising ones are compiled, the fastest first, until none that is
+        left could be faster than the best.
+      price: of a chip for an hour.
+      most_compiled: so many at most.
+      say: is told how it goes.
+    """
+    layouts = [*try_all(config, topology)]
+    fitting = sorted(
+        (one for one in layouts if one.memory.total <= topology.chip.memory),
+        key=lambda one: (one.seconds, one.memory.total),
+    )
+    say(f"{len(layouts):,} layouts by formula, of which {len(fitting):,} fit")
+    front = pareto(fitting)
+    if not compiling:
+        first = [plan(front[0].config, topology, compiling=False, price=price)] if front else []
+        return Found(len(layouts), front, (), first[0] if first else None)
+    plans: list[Plan] = []
+    safe = [one for one in fitting if one.memory.total * RESERVE <= topology.chip.memory]
+    for layout in (safe or fitting)[: 16 * most_compiled]:
+        best = min((seconds_of(one) for one in plans if one.margin >= 0), default=math.inf)
+        if layout.seconds > best or len(plans) >= most_compiled:
+            break
+        if plans and _alike(layout, plans[-1]):
+            continue
+        plans.append(plan(layout.config, topology, price=price))
+        say(f"compiled in {plans[-1].compiled.seconds:,.0f} s: {describe(layout.config)}")
+    fit = [one for one in plans if one.margin >= 0]
+    return Found(len(layouts), front, plans, min(fit, key=seconds_of, default=None))
+
+
+def _alike(layout: Layout, last: Plan) -> bool:
+    """Whether a layout differs from the one before in nothing but its parts, to no gain."""
+    same = replace(layout.config, accumulate=last.config.accumulate) == last.config
+    return same and layout.config.accumulate > last.config.accumulate
+
+
+def try_all(config: Config, topology: Topology) -> Iterator[Layout]:
+    """Every layout that the config's checks allow, by formula."""
+    peak = find_peak(topology, config)
+    if topology.slices > 1 and config.mesh.slices is None:
+        config = replace(config, mesh=replace(config.mesh, slices=topology.slices))
+    for mesh in meshes(config, topology.num_devices):
+        laid = replace(config, mesh=mesh, accumulate=1)
+        if violations(laid, topology.num_devices):
+            continue
+        try:
+            grid = arrange(topology, mesh)
+        except (ConfigError, ValueError, NotImplementedError):  # the torus has no such shape
+            continue
+        axes = mesh_axes(mesh, topology.num_devices)
+        rows = config.batch_size // (axes["data"] * axes["fsdp"])
+        parts = [n for n in range(1, min(rows, MOST_ACCUMULATED) + 1) if rows % n == 0]
+        for model, number in itertools.product(_models(config.model, topology), parts):
+            one = replace(laid, model=model, accumulate=number)
+            time = step_time(one, axes, grid, topology, peak)
+            yield Layout(one, memory(one, axes), time)
+
+
+def _models(model: GPTConfig, topology: Topology) -> Iterator[GPTConfig]:
+    """What is kept for the backward pass, and the kernels."""
+    platform = topology.chip.platform
+    resolved = [resolve(replace(model, attention=one), platform)[0] for one in ("auto", "xla")]
+    attentions = dict.fromkeys(one.attention for one in resolved)
+    for attention, remat in itertools.product(attentions, ("none", "dots", "full")):
+        yield replace(resolved[0], attention=attention, remat=remat)
+
+
+def meshes(config: Config, num_devices: int) -> Iterator[MeshConfig]:
+    """Every way to lay devices along data, fsdp and tensor that divides the model."""
+    model = config.model
+    sizes = model.sizes
+    shared = math.gcd(sizes["N"], sizes["K"], sizes["F"], model.vocab_multiple)
+    for tensor in _divisors(math.gcd(shared, num_devices)):
+        if tensor > MOST_TENSOR:
+            continue
+        for fsdp in _divisors(math.gcd(sizes["D"], num_devices // tensor)):
+            data = num_devices // tensor // fsdp
+            if config.batch_size % (data * fsdp) == 0:
+                yield replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def pareto(layouts: Sequence[Layout]) -> list[Layout]:
+    """Of layouts by time those that need less memory than all that are faster."""
+    front, least = [], np.inf
+    for one in layouts:
+        if one.memory.total < least:
+            front.append(one)
+            least = one.memory.total
+    return front
+
+
+# --- what does not fit --------------------------------------------------------------------------
+
+
+def remedies(found: Plan, number: int = 3) -> list[Plan]:
+    """Changes that make a run fit, the fastest first, tried by formula.
+
+    The formula is corrected by what the compiler said of the run as it is.
+    """
+    topology, factor = found.topology, found.needed / found.memory.total
+    peak, fitting = found.peak_flops, []
+    for config in changes(found.config, topology):
+        axes = mesh_axes(config.mesh, topology.num_devices)
+        need = memory(config, axes)
+        if need.total * factor > topology.chip.memory:
+            continue
+        time = step_time(config, axes, arrange(topology, config.mesh), topology, peak)
+        fitting.append(Layout(config, need, time))
+    fitting.sort(key=lambda one: (len(differences(found.config, one.config)), one.seconds))
+    return [
+        plan(one.config, topology, compiling=False, price=found.price) for one in fitting[:number]
+    ]
+
+
+def changes(config: Config, topology: Topology) -> Iterator[Config]:
+    """Configs that train the same model with less memory, by one change or by several."""
+    remats = {"none": ("none", "dots", "full"), "dots": ("dots", "full"), "full": ("full",)}
+    given = mesh_axes(config.mesh, topology.num_devices)
+    for mesh, remat, times in itertools.product(
+        meshes(config, topology.num_devices), remats[config.model.remat], (1, 2, 4, 8, 16)
+    ):
+        axes = mesh_axes(mesh, topology.num_devices)
+        if axes["tensor"] not in (given["tensor"], 2 * given["tensor"], 4 * given["tensor"]):
+            continue
+        mesh = replace(mesh, data=None) if axes == given else mesh
+        one = replace(
+            config,
+            mesh=config.mesh if axes == given else mesh,
+            model=replace(config.model, remat=remat),
+            accumulate=config.accumulate * times,
+        )
+        if one != config and not violations(one, topology.num_devices):
+            yield one
+
+
+def differences(before: Config, after: Config, prefix: str = "") -> dict[str, Any]:
+    """The options of `train` by which one config becomes another."""
+    found = {}
+    for one in dataclasses.fields(before):
+        old, new = getattr(before, one.name), getattr(after, one.name)
+        if dataclasses.is_dataclass(old):
+            found |= differences(old, new, f"{prefix}{one.name}.")
+        elif old != new:
+            found[prefix + one.name] = new
+    return found
+
+
+def describe(config: Config) -> str:
+    """A layout in a line."""
+    mesh, model = config.mesh, config.model
+    axes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor", "context", "pipe")}
+    said = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size and size > 1)
+    parts = f"{config.accumulate} part{'s' if config.accumulate > 1 else ''}"
+    return f"{said or 'one device'}, {parts}, remat {model.remat}, {model.attention}"
