@@ -42,7 +42,7 @@ def _times(name: str, params: dict[str, Any]) -> int:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return 1
 
 
@@ -63,13 +63,15 @@ def _product(equation: Any) -> int:
 
 def _fused_attention(equation: Any) -> int:
     """Two products [T, H] x [H, S] forward, and five backward, of which one makes the scores
-    again.
+    again; over the keys of the window, or half of all if it is causal.
     """
     q, k = (variable.aval.shape for variable in equation.invars[:2])
     B, T, N, H = q
     products = 5 if "bwd" in equation.primitive.name else 2
-    causal = "CAUSAL" in str(equation.params.get("mask_type", ""))
-    return products * 2 * B * N * T * k[1] * H // (2 if causal else 1)
+    params, S = equation.params, k[1]
+    window = params.get("sliding_window_length")
+    keys = window or (S // 2 if "CAUSAL" in str(params.get("mask_type", "")) else S)
+    return products * 2 * B * N * T * min(keys, S) * H
 
 
 def executed_flops(model: GPTConfig) -> float:

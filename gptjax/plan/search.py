@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from gptjax.config import Config, ConfigError, GPTConfig, MeshConfig, violations
+from gptjax.config import GPT3, Config, ConfigError, GPTConfig, MeshConfig, violations
 from gptjax.model import resolve
 from gptjax.plan import Plan, find_peak, plan
 from gptjax.plan.memory import Memory, memory
@@ -224,3 +225,127 @@ def describe(config: Config) -> str:
     said = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size and size > 1)
     parts = f"{config.accumulate} part{'s' if config.accumulate > 1 else ''}"
     return f"{said or 'one device'}, {parts}, remat {model.remat}, {model.attention}"
+
+
+# --- what comes of it ---------------------------------------------------------------------------
+
+SETTLED = ("data.path", "model.vocab_size", "model.compute_dtype")  # which a plan fills in
+
+
+def layout_options(before: Config, after: Config) -> dict[str, Any]:
+    """The options of `train` by which an experiment has a layout."""
+    found = differences(before, after)
+    return {name: value for name, value in found.items() if name not in SETTLED}
+
+
+def as_arguments(options: dict[str, Any]) -> str:
+    """Options as they are typed."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
+def as_experiment(selector: str, before: Config, found: Plan, about: str) -> str:
+    """The layout as an experiment's file, which `train` takes: the same run, laid out so.
+
+    Args:
+      selector: of the experiment.
+      before: what it returns.
+      about: how the layout was found.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in layout_options(before, found.config).items():
+        section, _, option = name.rpartition(".")
+        sections.setdefault(section, {})[option] = value
+    lines = [f"        {name}={value!r}," for name, value in sections.pop("", {}).items()]
+    for section, values in sections.items():
+        inner = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        lines.append(f"        {section}=replace(config.{section}, {inner}),")
+    return "\n".join(
+        [
+            f'"""{found.config.name} laid out for {found.topology}.',
+            "",
+            about,
+            '"""',
+            "",
+            "from dataclasses import replace",
+            "",
+            "from gptjax import Config, load_experiment",
+            "",
+            "",
+            "def config() -> Config:",
+            f"    config = load_experiment({selector!r})",
+            "    return replace(",
+            "        config,",
+            *lines,
+            "    )",
+            "",
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take."""
+
+    amount: float
+    unit: str  # "days", "MWh" or "money"
+
+    def steps(self, found: Plan, seconds: float) -> int:
+        """How many steps of so many seconds it is enough for."""
+        one = replace(found, config=replace(found.config, steps=1))
+        each = {
+            "days": one.days(seconds),
+            "MWh": (one.energy(seconds) or 0) / 1000,
+            "money": one.money(seconds),
+        }[self.unit]
+        return int(self.amount / each) if each else 0
+
+    def __str__(self) -> str:
+        return f"{self.amount:,g} {self.unit}" if self.unit != "money" else f"{self.amount:,g}"
+
+
+def parse_budget(text: str, price: float | None, topology: Topology) -> Budget:
+    """A budget by its amount and unit: 30days, 200MWh, or an amount of money, as in 50000.
+
+    Raises:
+      ConfigError: if it is none, or what it is counted in is not known.
+    """
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(days|MWh)?", text)
+    if not match or not float(match[1]):
+        raise ConfigError(
+            f"budget {text!r}: give an amount of money, or days or megawatt-hours, as in 50000, "
+            "30days or 200MWh"
+        )
+    if not match[2] and price is None:
+        raise ConfigError(f"budget {text!r} is money: give --price of a chip for an hour too")
+    if match[2] == "MWh" and topology.chip.watts is None:
+        raise ConfigError(
+            f"budget {text!r}: how much a {topology.chip.name} draws is not published: give money "
+            "or days"
+        )
+    return Budget(float(match[1]), match[2] or "money")
+
+
+def within(found: Plan, budget: Budget) -> tuple[int, int]:
+    """Tokens for which a budget is enough: if nothing overlaps, and if everything does."""
+    slow, fast = (
+        budget.steps(found, seconds) * found.step_tokens
+        for seconds in (found.time.most, found.time.least)
+    )
+    return slow, fast
+
+
+def largest(
+    config: Config, topology: Topology, budget: Budget, price: float | None
+) -> list[tuple[str, Plan, int]]:
+    """The sizes of GPT-3 for as many tokens as the experiment sees, the largest first: name, plan
+    of the fastest layout by formula, and for how many tokens the budget is enough (the mean of both
+    bounds).
+    """
+    found = []
+    for name, size in reversed(GPT3.items()):
+        shape = {field: getattr(size, field) for field in ("num_layers", "width", "num_heads")}
+        model = replace(config.model, num_kv_heads=None, head_size=None, ffn_size=None, **shape)
+        best = search(replace(config, model=model), topology, compiling=False, price=price).best
+        if best is not None:
+            found.append((name, best, sum(within(best, budget)) // 2))
+    return found
