@@ -83,6 +83,9 @@ def _alone() -> None:
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_STDERR_LOG_LEVEL="3",
+        TPU_MIN_LOG_LEVEL="3",
         CUDA_VISIBLE_DEVICES="-1",
         JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
     )

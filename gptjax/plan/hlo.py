@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # attributes, and of a constant its value
+    rest: str  # attributes; of a constant its value, of a parameter its number
     root: bool
 
 
@@ -139,7 +139,8 @@ class Program:
                 made = self._collective(kind, name, one, axes)
                 if key not in found or found[key].count < made.count:
                     found[key] = made
-        return sorted(found.values(), key=lambda one: -one.num_bytes * one.count)
+        together = [one for one in found.values() if one.size > 1]
+        return sorted(together, key=lambda one: -one.num_bytes * one.count)
 
     def _collective(
         self, kind: str, computation: str, one: Instruction, axes: Mapping[str, int]
@@ -201,41 +202,48 @@ class Program:
         if one.opcode == "dynamic-update-slice":
             return 2 * _size(shapes.get(one.operands[1], ""))
         if one.opcode == "fusion" and (called := _CALLED.findall(one.rest)):
-            return self._fusion(one, self.computations[called[0]], shapes)
+            return self._fusion(one, self.computations[called[0]])
         reads = sum(_size(shapes.get(operand, "")) for operand in one.operands)
         return reads + _size(one.shape)
 
     def _shapes(self, instructions: list[Instruction]) -> dict[str, str]:
         return {one.name: one.shape for one in instructions}
 
-    def _fusion(self, one: Instruction, inner: list[Instruction], shapes: dict[str, str]) -> int:
+    def _fusion(self, one: Instruction, inner: list[Instruction]) -> int:
         """Of a parameter that is only sliced the slices are read, and where a slice is replaced
         the rest stays.
         """
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for each in inner:
-            for operand in each.operands:
-                users[operand].append(each)
-        own, total = self._shapes(inner), 0
-        for each in inner:
-            if each.opcode != "parameter":
-                continue
-            used = users[each.name]
-            if used and all(user.opcode in ("dynamic-slice", "slice") for user in used):
-                total += sum(_size(user.shape) for user in used)
-            elif not (
-                used
-                and all(
-                    user.opcode == "dynamic-update-slice" and user.operands[0] == each.name
-                    for user in used
-                )
-            ):
-                total += _size(each.shape)
-        replaced = [each for each in inner if each.opcode == "dynamic-update-slice"]
+        own = self._shapes(inner)
+        read = sum(self._read(each, inner) for each in inner if each.opcode == "parameter")
         written = _size(one.shape)
-        for each in replaced:
-            written -= _size(each.shape) - _size(own.get(each.operands[1], ""))
-        return total + max(written, 0)
+        for each in inner:
+            if each.opcode == "dynamic-update-slice":
+                written -= _size(each.shape) - _size(own.get(each.operands[1], ""))
+        return read + max(written, 0)
+
+    def _read(self, source: Instruction, inner: list[Instruction]) -> int:
+        """Bytes that a fusion reads of one of its parameters, or of another name for it."""
+        total, whole = 0, _size(source.shape)
+        for user in inner:
+            if source.name not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "slice"):
+                total += _size(user.shape)
+            elif user.opcode in ("bitcast", "reshape", "get-tuple-element"):
+                total += self._read(user, inner)
+            elif user.opcode == "fusion" and (called := _CALLED.findall(user.rest)):
+                deeper = self.computations[called[0]]
+                numbers = {
+                    number for number, name in enumerate(user.operands) if name == source.name
+                }
+                total += sum(
+                    self._read(each, deeper)
+                    for each in deeper
+                    if each.opcode == "parameter" and int(each.rest) in numbers
+                )
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != source.name:
+                total += whole
+        return min(total, whole)
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -253,7 +261,7 @@ def _instruction(line: str) -> Instruction | None:
     opcode, _, rest = rest.partition("(")
     inside, rest = _split_parenthesis(rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    if opcode == "constant":
+    if opcode in ("constant", "parameter"):
         rest = inside
     return Instruction(match[2], shape, opcode.strip(), operands, rest, bool(match[1]))
 
@@ -298,11 +306,7 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
     """A group of devices that exchange something among them; of a permutation its ring."""
     if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes):
         following = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match[1])}
-        first = next(iter(following))
-        group = [first]
-        while (place := following.get(group[-1])) is not None and place not in group:
-            group.append(place)
-        return tuple(group)
+        return max((_ring(first, following) for first in following), key=len)
     match = re.search(r"replica_groups=(\S.*?)(?:, \w+=|$)", attributes)
     text = match[1] if match else "{}"
     if text.startswith("mesh["):
@@ -316,6 +320,14 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
     if match := re.match(r"\{\{([\d,]+)\}", text):
         return tuple(map(int, match[1].split(",")))
     return tuple(range(num_devices))
+
+
+def _ring(first: int, following: Mapping[int, int]) -> tuple[int, ...]:
+    """The devices that something reaches that is passed on from the first one."""
+    ring = [first]
+    while (place := following.get(ring[-1])) is not None and place not in ring:
+        ring.append(place)
+    return tuple(ring)
 
 
 def _mesh_group(text: str) -> tuple[int, ...]:

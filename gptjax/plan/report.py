@@ -7,7 +7,6 @@ from typing import Any
 from gptjax.plan import Plan
 from gptjax.plan.roofline import ASSUMPTIONS, formula_flops, model_flops
 
-GIB = 2**30
 MOST_LISTED = 12  # exchanges in the table; JSON has all
 
 
@@ -114,15 +113,17 @@ def _shapes(found: Plan) -> list[tuple[int, ...]]:
 
 
 def memory_rows(found: Plan) -> list[tuple[str, ...]]:
-    """Kind, its largest parts, GiB, and share."""
-    rows = [("memory of a device", found.memory.moment, "GiB", "share")]
+    """Kind, its largest parts, bytes, and share."""
     total = found.memory.total
+    unit, size = unit_of(total)
+    rows = [("memory of a device", found.memory.moment, unit, "share")]
     for kind, num_bytes in found.memory.kinds().items():
-        rows.append((kind, _largest(found, kind), _gib(num_bytes), f"{num_bytes / total:.1%}"))
-    rows.append(("sum, by formula", "", _gib(total), ""))
+        cells = f"{num_bytes / size:,.2f}", f"{num_bytes / total:.1%}"
+        rows.append((kind, _largest(found, kind), *cells))
+    rows.append(("sum, by formula", "", f"{total / size:,.2f}", ""))
     if found.compiled:
-        apart = total / found.compiled.peak - 1
-        rows.append(("compiler's peak", "", _gib(found.compiled.peak), f"sum {apart:+.1%}"))
+        peak = found.compiled.peak
+        rows.append(("compiler's peak", "", f"{peak / size:,.2f}", f"sum {total / peak - 1:+.1%}"))
     return rows
 
 
@@ -130,10 +131,12 @@ def verdict(found: Plan) -> str:
     """Whether it fits, and by how much."""
     limit, left = found.topology.chip.memory, found.margin
     if math.isinf(limit):
-        return f"{_gib(found.needed)} GiB, of the machine's"
+        unit, size = unit_of(found.needed)
+        return f"{found.needed / size:,.2f} {unit} of the machine's"
+    of = f"{limit / 2**30:,.2f} GiB"
     if left < 0:
-        return f"DOES NOT FIT: {_gib(-left)} GiB more than the {_gib(limit)} GiB there are"
-    return f"fits: {_gib(left)} GiB of {_gib(limit)} GiB are left"
+        return f"DOES NOT FIT: {-left / 2**30:,.2f} GiB more than the {of} there are"
+    return f"fits: {left / 2**30:,.2f} GiB of {of} are left"
 
 
 def _largest(found: Plan, kind: str) -> str:
@@ -230,8 +233,9 @@ def bounds(found: Plan) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.2f}"
+def unit_of(num_bytes: float) -> tuple[str, int]:
+    """The unit in which to say bytes of about that size."""
+    return ("GiB", 2**30) if num_bytes >= 2**30 else ("MiB", 2**20)
 
 
 def columns(rows: Sequence[tuple[str, ...]], numbers: int) -> list[str]:
