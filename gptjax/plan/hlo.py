@@ -124,7 +124,7 @@ class Program:
         Args:
           axes: the mesh's axes and their sizes, in its order.
         """
-        found: dict[str, Collective] = {}
+        found: dict[tuple, Collective] = {}
         for name, instructions in self.computations.items():
             if not self.times[name]:
                 continue
@@ -135,8 +135,9 @@ class Program:
                 # What runs beside other work stands in the text where it begins, in between, and
                 # where it ends.
                 channel = re.search(r"channel_id=(\d+)", one.rest)
-                key = channel[1] if channel else f"{name} {number}"
                 made = self._collective(kind, name, one, axes)
+                key = (channel and channel[1], made.kind, made.shape, made.op)
+                key = key if channel else (name, number)
                 if key not in found or found[key].count < made.count:
                     found[key] = made
         together = [one for one in found.values() if one.size > 1]

@@ -67,7 +67,7 @@ class Trace:
         """Bytes that its tensors need at once, at most, besides those that it was given and that
         it returns.
         """
-        last, virtual = self._last_uses()
+        last, virtual = self._uses
         ends: dict[int, list[int]] = {}
         for number, place in last.items():
             ends.setdefault(place, []).append(number)
@@ -90,7 +90,7 @@ class Trace:
         """Bytes that are read and written: each tensor once where it is made, and once by each
         operation that is not fused with others, or by all that are.
         """
-        _, virtual = self._last_uses()
+        _, virtual = self._uses
         readers: dict[int, set[Any]] = {}
         for place, (name, read, _, _) in enumerate(self.operations):
             for number in read:
@@ -108,7 +108,8 @@ class Trace:
         )
         return total + sum(inner.moved(measure) for *_, inner in self.operations if inner)
 
-    def _last_uses(self) -> tuple[dict[int, int], set[int]]:
+    @functools.cached_property
+    def _uses(self) -> tuple[dict[int, int], set[int]]:
         """The last operation that reads each tensor, and the tensors that are never in memory."""
         readers: dict[int, list[str]] = {}
         makers: dict[int, tuple[str, list[int]]] = {}

@@ -11,7 +11,7 @@ from gptjax.config import Config, GPTConfig, TuneConfig
 from gptjax.data import Batch
 from gptjax.guard import no_recent
 from gptjax.model import LOGITS_BYTES
-from gptjax.plan.liveness import Tensor, kept
+from gptjax.plan.liveness import Measure, Tensor, kept
 from gptjax.sharding import IN_USE, STORED
 from gptjax.tuning import all_letters, init_all, trained
 
@@ -65,6 +65,13 @@ KINDS = (
 )
 
 
+# How much more a layer's tensors need than one after the other would, by the attention, for a
+# compiler starts what it can early, to hide the wait for the network: the backward pass of one
+# layer beside the recomputation of the next. By the peaks of steps compiled for H100 (cudnn, xla)
+# and for TPUs (splash).
+OVERLAP = {"cudnn": 1.45, "xla": 1.15, "splash": 1.0, "blockwise": 1.0}
+
+
 def share(letters: str, sizes: Mapping[str, int], axes: Mapping[str, int], table: dict) -> int:
     """How many numbers of a tensor one device has."""
     numbers = 1
@@ -112,6 +119,25 @@ def sizes_of(config: Config, axes: Mapping[str, int]) -> dict[str, int]:
     return sizes
 
 
+def measure_of(config: Config, axes: Mapping[str, int]) -> Measure:
+    """Bytes of a tensor on one device."""
+    sizes = sizes_of(config, axes)
+    if config.model.attention == "splash":  # reads and writes rows of 128 numbers
+        sizes["H"] = -(-sizes["H"] // 128) * 128
+        head = config.model.sizes["H"] / sizes["H"]
+
+    @functools.cache
+    def measure(tensor: Tensor) -> float:
+        table = STORED if tensor.stored else IN_USE
+        numbers = share(tensor.letters, sizes, axes, table)
+        weight = not {*tensor.letters} & {*"BT"} and "H" in tensor.letters
+        if config.model.attention == "splash" and weight:
+            numbers *= head
+        return tensor.factor * tensor.itemsize * numbers
+
+    return measure
+
+
 def memory(config: Config, axes: Mapping[str, int]) -> Memory:
     """What one device needs at once, at most.
 
@@ -121,11 +147,7 @@ def memory(config: Config, axes: Mapping[str, int]) -> Memory:
     """
     model, sizes = config.model, sizes_of(config, axes)
     itemsize = 4 if model.compute_dtype == "float32" else 2
-
-    def measure(tensor: Tensor) -> float:
-        table = STORED if tensor.stored else IN_USE
-        return tensor.factor * tensor.itemsize * share(tensor.letters, sizes, axes, table)
-
+    measure = measure_of(config, axes)
     state = [*_state(config, sizes, axes)]
     grads = [*_gradients(config, sizes, axes)]
     saved = [*_saved(config, measure)]
@@ -137,9 +159,19 @@ def memory(config: Config, axes: Mapping[str, int]) -> Memory:
         Part("loss and logits", "gradient of the stream", "BTD", measure(width)),
         Part("weights in use", "unembedding", "VD", measure(Tensor("VD", 1, itemsize))),
     ]
+    working = traces.backward.most(measure)
+    early = (OVERLAP[model.attention] - 1) * (working + measure(width))
     layer = [
-        Part("temporaries of a layer", "backward pass", "", traces.backward.most(measure)),
+        Part("temporaries of a layer", "backward pass", "", working),
+        Part("temporaries of a layer", "of what the scheduler begins early", "", early),
+        Part("temporaries of a layer", "gradient of the stream", "BTD", measure(width)),
     ]
+    if model.attention == "cudnn" and model.remat == "dots":
+        turns = model.num_layers // len(model.windows)
+        copy = turns * measure(Tensor("BTNH", 1, itemsize))
+        layer.append(
+            Part("temporaries of a layer", "what is kept, in another order", "LBTNH", copy)
+        )
     accumulated = [part for part in grads if part.name.endswith("accumulated")]
     moments = {
         "in the backward pass of a layer": [*grads, *layer],
@@ -174,7 +206,7 @@ def _gradients(config: Config, sizes: Mapping[str, int], axes: Mapping[str, int]
                 yield Part("gradients", f"{leaf.path}: accumulated", leaf.letters, 4 * each)
 
 
-def _saved(config: Config, measure: Any) -> Iterator[Part]:
+def _saved(config: Config, measure: Measure) -> Iterator[Part]:
     turns = config.model.num_layers // len(config.model.windows)
     for tensor in kept(config.model).saved:
         yield Part("activations kept", tensor.name, f"L{tensor.letters}", turns * measure(tensor))

@@ -158,7 +158,9 @@ def _work_rows(found: Plan) -> list[tuple[str, str]]:
         ("done, by formula", f"{formula_flops(found.config):.4g}"),
     ]
     if compiled:
-        rows.append(("done, counted in the traced step", f"{compiled.flops:.4g}"))
+        rows.append(
+            ("done, counted in the traced step, kernels without skipping", f"{compiled.flops:.4g}")
+        )
     if compiled and compiled.moved:
         rows.append(("bytes read and written by a device", f"{compiled.moved:.4g}"))
     return rows

@@ -11,11 +11,11 @@ from gptjax.config import Config
 from gptjax.metrics import flops_per_token
 from gptjax.plan.compiled import Compiled
 from gptjax.plan.flops import executed_flops
-from gptjax.plan.liveness import Tensor, kept
-from gptjax.plan.memory import leaves, share, sizes_of
+from gptjax.plan.liveness import kept
+from gptjax.plan.memory import leaves, measure_of, share, sizes_of
 from gptjax.plan.network import exchanges, group_along, seconds
 from gptjax.plan.topologies import Topology
-from gptjax.sharding import IN_USE, STORED
+from gptjax.sharding import STORED
 
 ASSUMPTIONS = (
     "matrix products at the chip's published dense peak; other arithmetic takes no time",
@@ -72,7 +72,6 @@ def step_time(
       compiled: None: bytes and exchanges are those of the layout by formula.
     """
     bandwidth = topology.chip.bandwidth
-    flops = compiled.flops if compiled else formula_flops(config)
     network: dict[str, float] = defaultdict(float)
     if compiled and compiled.moved is not None:
         places = grid.reshape(-1)
@@ -88,7 +87,7 @@ def step_time(
             network["+".join(one.axes)] += one.count * each
         moved, source = formula_moved(config, axes), "formula"
     return Time(
-        compute=flops / math.prod(axes.values()) / peak,
+        compute=formula_flops(config) / math.prod(axes.values()) / peak,
         memory=moved / bandwidth if bandwidth else None,
         network=dict(network),
         source=source,
@@ -98,11 +97,7 @@ def step_time(
 def formula_moved(config: Config, axes: Mapping[str, int]) -> float:
     """Bytes that a device reads and writes in a step, by what its tensors are computed from."""
     model, sizes = config.model, sizes_of(config, axes)
-
-    def measure(tensor: Tensor) -> float:
-        table = STORED if tensor.stored else IN_USE
-        return tensor.factor * tensor.itemsize * share(tensor.letters, sizes, axes, table)
-
+    measure = measure_of(config, axes)
     traces = kept(model)
     turns = model.num_layers // len(model.windows)
     pieces = model.context_size // sizes["Q"]
