@@ -97,6 +97,12 @@ class GPTConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # auto: the fastest that is right for the device
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
+    # over rows split on mesh.context. ring: keys and values travel from device to device, memory
+    # and work are split evenly; all_gather: each device has all of them. auto: ring, where
+    # context_size is a multiple of 2 x mesh.context and attention is not cudnn
+    context_attention: Literal["auto", "ring", "all_gather"] = "auto"
+    # between blocks, positions are split over mesh.tensor too: less memory, as many bytes sent
+    split_residual: bool = False
     # of each block, what is kept for the backward pass: all, matrix products, or only its input
     remat: Literal["none", "dots", "full"] = "dots"
     # positions of a row whose logits exist at once; None: as many as 128 MiB a device hold
@@ -917,9 +923,36 @@ def _skip(config: Config, _: int | None) -> Iterator[str]:
 
 
 def _axes_not_built(config: Config, _: int | None) -> Iterator[str]:
-    for axis in ("context", "pipe"):
-        if (size := getattr(config.mesh, axis)) > 1:
-            yield f"mesh.{axis} = {size}: nothing is split over it yet: give 1, and fsdp or tensor"
+    if config.mesh.pipe > 1:
+        yield (
+            f"mesh.pipe = {config.mesh.pipe}: nothing is split over it yet: give 1, and fsdp or "
+            "tensor"
+        )
+
+
+def _positions(config: Config, _: int | None) -> Iterator[str]:
+    model, mesh = config.model, config.mesh
+    size, halves = model.context_size, 2 if model.context_attention == "ring" else 1
+    otherwise = f", or mesh.context {_nearest_divisors(size, halves, mesh.context)}"
+    if halves == 2 and mesh.context > 1:
+        of, least = "2 x mesh.context", 2 * mesh.context
+        otherwise += ", or model.context_attention all_gather"
+    else:
+        of, least = "mesh.context", mesh.context
+    problems = [*_multiple("model.context_size", size, of, least, otherwise)]
+    if model.split_residual and not problems:
+        both = mesh.context * mesh.tensor
+        otherwise = ", another mesh.tensor, or model.split_residual False"
+        of = f"mesh.context {mesh.context} x mesh.tensor {mesh.tensor}"
+        problems += _multiple("model.context_size", size, of, both, otherwise)
+    yield from problems
+
+
+def _nearest_divisors(size: int, halves: int, given: int) -> str:
+    """The numbers of devices next to the given one that divide a row, each with so many parts."""
+    allowed = [n for n in range(1, size + 1) if size % (n * halves) == 0] or [1]
+    below = [n for n in allowed if n <= given][-1:]
+    return " or ".join(str(n) for n in below + [n for n in allowed if n > given][:1])
 
 
 def _split_sizes(config: Config, _: int | None) -> Iterator[str]:
@@ -981,6 +1014,7 @@ RULES = (
     _mixture_weights,
     _skip,
     _axes_not_built,
+    _positions,
     _split_sizes,
     _devices,
 )

@@ -13,10 +13,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax.attention import UNSEEN, Mask, attend, attend_cache, choose
+from gptjax.attention import (
+    UNSEEN,
+    Mask,
+    attend,
+    attend_cache,
+    choose,
+    choose_across,
+    from_ring,
+    to_ring,
+)
 from gptjax.config import GPTConfig
 from gptjax.data import WORD_BITS, Batch
-from gptjax.sharding import constrain, constrain_stored, gather, parts, stored
+from gptjax.sharding import (
+    constrain,
+    constrain_between,
+    constrain_stored,
+    from_between,
+    gather,
+    parts,
+    stored,
+    to_between,
+)
 
 Params = dict[str, Any]
 Block = Callable[[Params, jax.Array, jax.Array, int | None], jax.Array]
@@ -158,10 +176,11 @@ class Attention(Layer):
             )
         if not config.scale_attention:  # by which every implementation divides
             q_BTNH *= config.sizes["H"] ** 0.5
+        keys = "BTKH" if mask.across else "BSKH"
         q_BTNH, k_BSKH, v_BSKH = (
             constrain(q_BTNH, "BTNH"),
-            constrain(k_BSKH, "BSKH"),
-            constrain(v_BSKH, "BSKH"),
+            constrain(k_BSKH, keys),
+            constrain(v_BSKH, keys),
         )
         if cached:
             y_BTNH = attend_cache(q_BTNH, *cached(k_BSKH, v_BSKH), mask)
@@ -217,18 +236,32 @@ class TransformerBlock(Layer):
             Attention(self.config, name="attention"),
             FeedForward(self.config, name="ffn"),
         )
+        in_ring = mask.across == "ring"
         x_BTD = self.add(
-            x_BTD, lambda x: attention(x, positions_BT, mask, cached), "attention_norm", keys[0]
+            x_BTD,
+            lambda x: attention(x, positions_BT, mask, cached),
+            "attention_norm",
+            keys[0],
+            in_ring,
         )
-        return self.add(x_BTD, ffn, "ffn_norm", keys[1])
+        return self.add(x_BTD, ffn, "ffn_norm", keys[1], in_ring)
 
-    def add(self, x_BTD: jax.Array, layer: Callable, norm: str, key: jax.Array | None) -> jax.Array:
+    def add(
+        self, x_BTD: jax.Array, layer: Callable, norm: str, key: jax.Array | None, in_ring: bool
+    ) -> jax.Array:
         """The residual stream with what a layer makes of it."""
         config, norm = self.config, Norm(self.config, name=norm)
+
+        def made(x_BTD: jax.Array) -> jax.Array:
+            if config.split_residual:
+                y_BTD = to_between(layer(from_between(x_BTD, "BTD")), "BTD")
+            else:
+                y_BTD = layer(x_BTD)
+            return drop(y_BTD, config.dropout, key, in_ring)
+
         if config.norm_place == "after":
-            y_BTD = constrain(x_BTD + drop(layer(x_BTD), config.dropout, key), "BTD")
-            return norm(y_BTD)
-        return constrain(x_BTD + drop(layer(norm(x_BTD)), config.dropout, key), "BTD")
+            return norm(between(x_BTD + made(x_BTD), config))
+        return between(x_BTD + made(norm(x_BTD)), config)
 
 
 class Embedding(Layer):
@@ -245,7 +278,7 @@ class Embedding(Layer):
         x_BTD = self.weight("tokens", "VD", init)[tokens_BT]
         if self.config.positions == "learned":
             x_BTD += self.weight("positions", "PD", init)[positions_BT]
-        return constrain(drop(x_BTD, self.config.dropout, key), "BTD")
+        return between(drop(x_BTD, self.config.dropout, key), self.config)
 
 
 class Head(Layer):
@@ -290,15 +323,20 @@ def residual_scale(config: GPTConfig) -> float:
     return (2 * config.num_layers) ** -0.5
 
 
-def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def between(x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
+    """The residual stream where it lies between blocks."""
+    return (constrain_between if config.split_residual else constrain)(x_BTD, "BTD")
+
+
+def drop(x_BTD: jax.Array, rate: float, key: jax.Array | None, in_ring: bool = False) -> jax.Array:
     """Dropout: each number is 0 with probability `rate`, else divided by 1 - rate. Nothing without
-    a key.
+    a key. The same ones for positions in the ring's order as for those in their own.
     """
     if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(
-        x.dtype
-    )
+        return x_BTD
+    kept_BTD = jax.random.bernoulli(key, 1 - rate, x_BTD.shape)
+    kept_BTD = to_ring(kept_BTD) if in_ring else kept_BTD
+    return jnp.where(kept_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
 def rotate(
@@ -546,7 +584,7 @@ def token_losses(
     def piece_losses(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _softmax(_logits(piece[0], unembedding_VD, config), piece[1])[0]
 
-    return _join(jax.lax.map(piece_losses, pieces))
+    return _join(jax.lax.map(piece_losses, pieces), config)
 
 
 def weighted_loss(
@@ -594,7 +632,10 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
     if positions_BT is None:
         start = 0 if cache is None else cache.positions_BS.max(axis=1, keepdims=True) + 1
         positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    mask = Mask(segments_BT=segments_BT, causal=not config.bidirectional)
+    across = None
+    if cache is None:
+        across = choose_across(config.context_attention, config.attention, T, parts("T", T))
+    mask = Mask(segments_BT=segments_BT, causal=not config.bidirectional, across=across)
     if isinstance(params["blocks"], tuple):
         run = unroll_blocks
     if cache is not None:
@@ -631,9 +672,14 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
     x_BTD = Embedding(config).apply(
         {"params": params["embedding"]}, tokens_BT, positions_BT, embedding_key
     )
+    if across == "ring":  # the blocks have everything in its order
+        x_BTD, positions_BT = between(to_ring(x_BTD), config), to_ring(positions_BT)
+        mask = replace(mask, segments_BT=None if segments_BT is None else to_ring(segments_BT))
     x_BTD = run(
         block, params["blocks"], x_BTD, config if cache is None else replace(config, remat="none")
     )
+    if across == "ring":
+        x_BTD = between(from_ring(x_BTD), config)
     x_BTD, unembedding_VD = Head(config).apply(
         {"params": params["head"]}, x_BTD, params["embedding"]["tokens"]
     )
@@ -742,13 +788,14 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
     """The loss, and its gradients, made while the logits of a piece exist.
 
     The softmax is never divided by its sums: that scales rows, so it is left to the products with
-    D, which is much smaller than V. The gradient of the unembedding has a term R for each device's
-    rows, which are added up once, after the last piece: each piece would else wait for a sum over
-    the network that is larger than itself.
+    D, which is much smaller than V. The gradient of the unembedding has a term for each device's
+    rows R and positions S, which are added up once, after the last piece: each piece would else
+    wait for a sum over the network that is larger than itself.
     """
-    B, R = x_BTD.shape[0], parts("B", x_BTD.shape[0])
+    B, T, _ = x_BTD.shape
+    R, S = parts("B", B), parts("T", T)
 
-    def piece_gradients(dunembedding_RDV: jax.Array, piece: tuple[jax.Array, ...]):
+    def piece_gradients(dunembedding_RSDV: jax.Array, piece: tuple[jax.Array, ...]):
         x, targets, weights = piece
         logits_BTV = _logits(x, unembedding_VD, config)
         losses, exp_BTV, sums = _softmax(logits_BTV, targets)
@@ -760,20 +807,21 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
             "BTV,VD->BTD", dlogits_BTV, unembedding_VD, preferred_element_type=jnp.float32
         )
         # As DV, not VD: that would transpose the larger factor of the product.
-        x_RbTD, dlogits_RbTV = (
-            y.reshape(R, B // R, *y.shape[1:]) for y in ((x * scale).astype(x.dtype), dlogits_BTV)
+        x_RbStD, dlogits_RbStV = (
+            y.reshape(R, B // R, S, -1, y.shape[-1])
+            for y in ((x * scale).astype(x.dtype), dlogits_BTV)
         )
-        dunembedding_RDV += jnp.einsum(
-            "RbTD,RbTV->RDV", x_RbTD, dlogits_RbTV, preferred_element_type=jnp.float32
+        dunembedding_RSDV += jnp.einsum(
+            "RbStD,RbStV->RSDV", x_RbStD, dlogits_RbStV, preferred_element_type=jnp.float32
         )
-        dunembedding_RDV = constrain(dunembedding_RDV, "BDV")
-        return dunembedding_RDV, ((dx * scale).astype(x.dtype), (losses * weights).sum())
+        dunembedding_RSDV = constrain(dunembedding_RSDV, "BTDV")
+        return dunembedding_RSDV, ((dx * scale).astype(x.dtype), (losses * weights).sum())
 
     pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
-    zeros_RDV = constrain(jnp.zeros((R, *unembedding_VD.shape[::-1]), jnp.float32), "BDV")
-    dunembedding_RDV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_RDV, pieces)
-    dunembedding_VD = constrain_stored(dunembedding_RDV.sum(0).T, "VD")
-    return losses.sum(), (_join(dx), dunembedding_VD.astype(unembedding_VD.dtype))
+    zeros_RSDV = constrain(jnp.zeros((R, S, *unembedding_VD.shape[::-1]), jnp.float32), "BTDV")
+    dunembedding_RSDV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_RSDV, pieces)
+    dunembedding_VD = constrain_stored(dunembedding_RSDV.sum((0, 1)).T, "VD")
+    return losses.sum(), (_join(dx, config), dunembedding_VD.astype(unembedding_VD.dtype))
 
 
 def _unembed_loss_backward(
@@ -787,21 +835,31 @@ _unembed_loss.defvjp(_unembed_loss_forward, _unembed_loss_backward)
 
 
 def _pieces(x_BTD: jax.Array, *others_BT: jax.Array, config: GPTConfig) -> tuple[jax.Array, ...]:
-    """Arrays [B, T, ...] cut along T: [pieces, B, T / pieces, ...]."""
+    """Arrays [B, T, ...] cut along T: [pieces, B, T / pieces, ...].
+
+    Of positions that are split over devices, a piece has its share from each, so that none moves.
+    """
     B, T, _ = x_BTD.shape
     mesh = jax.sharding.get_abstract_mesh()
     bytes_at_once = B * config.sizes["V"] * 4 // max(mesh.size, 1)
     size = min(config.loss_piece or max(LOGITS_BYTES // max(bytes_at_once, 1), 1), T)
-    pieces = next(n for n in range(-(-T // size), T + 1) if T % n == 0)
-    return tuple(
-        x.reshape(B, pieces, T // pieces, *x.shape[2:]).swapaxes(0, 1) for x in (x_BTD, *others_BT)
-    )
+    apart = parts("T", T, between=config.split_residual)
+    pieces = next(n for n in range(-(-T // size), T + 1) if T % (n * apart) == 0)
+    return tuple(_cut(x, apart, pieces) for x in (x_BTD, *others_BT))
 
 
-def _join(pieces: jax.Array) -> jax.Array:
+def _cut(x_BT: jax.Array, apart: int, pieces: int) -> jax.Array:
+    B, T, *rest = x_BT.shape
+    x = x_BT.reshape(B, apart, pieces, T // apart // pieces, *rest)
+    return jnp.moveaxis(x, 2, 0).reshape(pieces, B, T // pieces, *rest)
+
+
+def _join(pieces: jax.Array, config: GPTConfig) -> jax.Array:
     """The inverse of `_pieces`, for one array."""
-    n, B, T, *rest = pieces.shape
-    return pieces.swapaxes(0, 1).reshape(B, n * T, *rest)
+    n, B, size, *rest = pieces.shape
+    apart = parts("T", n * size, between=config.split_residual)
+    x = jnp.moveaxis(pieces.reshape(n, B, apart, size // apart, *rest), 0, 2)
+    return x.reshape(B, n * size, *rest)
 
 
 def _resolved(config: GPTConfig) -> GPTConfig:

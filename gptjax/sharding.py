@@ -1,8 +1,8 @@
-"""The mesh, the two tables that place every tensor on it, and rows on their way to the devices."""
+"""The mesh, the tables that place every tensor on it, and rows on their way to the devices."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from gptjax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "context", "pipe")
 
-# Where the dimension of a letter lies while a tensor is kept, and while it is computed with. These
-# tables are the sharding code.
+# Where the dimension of a letter lies while a tensor is kept, while it is computed with, and
+# between blocks if `model.split_residual` says so. These tables are the sharding code.
 STORED = {"L": "pipe", "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
 IN_USE = {
     "B": ("data", "fsdp"),
@@ -25,6 +25,7 @@ IN_USE = {
     "F": "tensor",
     "V": "tensor",
 }
+BETWEEN = IN_USE | {"T": ("context", "tensor")}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -88,39 +89,66 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return _place(x, letters, IN_USE)
 
 
+def constrain_between(x: jax.Array, letters: str) -> jax.Array:
+    """Place a tensor as it is between blocks."""
+    return _place(x, letters, BETWEEN)
+
+
 def gather(x: jax.Array, letters: str) -> jax.Array:
     """Bring a parameter from how it is stored to how it is used; its gradient goes the other way.
 
     Without the second half XLA would bring every gradient to the layout in use, whole on each
     device of the fsdp axis, before it keeps a part of it.
     """
-    return _gather(x, letters)
+    return _move(x, letters, "stored", "in use")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x: jax.Array, letters: str) -> jax.Array:
-    return constrain(x, letters)
+def from_between(x: jax.Array, letters: str) -> jax.Array:
+    """Bring a tensor from how it is between blocks to how it is used, and its gradient back: an
+    all-gather, and a reduce-scatter.
+    """
+    return _move(x, letters, "between", "in use")
 
 
-_gather.defvjp(
-    lambda x, letters: (constrain(x, letters), None),
-    lambda letters, _, gradient: (_place(gradient, letters, STORED),),
+def to_between(x: jax.Array, letters: str) -> jax.Array:
+    """The inverse of `from_between`."""
+    return _move(x, letters, "in use", "between")
+
+
+_TABLES = {"stored": STORED, "in use": IN_USE, "between": BETWEEN}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _move(x: jax.Array, letters: str, here: str, there: str) -> jax.Array:
+    return _place(x, letters, _TABLES[there])
+
+
+_move.defvjp(
+    lambda x, letters, here, there: (_place(x, letters, _TABLES[there]), None),
+    lambda letters, here, there, _, gradient: (_place(gradient, letters, _TABLES[here]),),
 )
 
 
 def _place(x: jax.Array, letters: str, table: dict) -> jax.Array:
-    assert x.ndim == len(letters), (x.shape, letters)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.auto_axes:
+    if not jax.sharding.get_abstract_mesh().auto_axes:
         return x
-    # What does not divide stays whole: a prompt alone on a mesh of eight. For training, the
-    # config's checks refuse it. Inside `jax.shard_map` an axis is its caller's.
-    axes = [_free(mesh, axis) for axis in spec(letters, table)]
-    axes = [
-        axis if size % _extent(mesh, axis) == 0 else None
-        for axis, size in zip(axes, x.shape, strict=True)
-    ]
+    axes = _dividing(x.shape, letters, table)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def _dividing(shape: tuple[int, ...], letters: str, table: dict) -> list[tuple[str, ...]]:
+    """The axes of the mesh that is set that each dimension lies on.
+
+    What does not divide stays whole: a prompt alone on a mesh of eight. For training, the config's
+    checks refuse it. Inside `jax.shard_map` an axis is its caller's.
+    """
+    assert len(shape) == len(letters), (shape, letters)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [_free(mesh, axis) for axis in spec(letters, table)]
+    return [
+        axis if size % _extent(mesh, axis) == 0 else ()
+        for axis, size in zip(axes, shape, strict=True)
+    ]
 
 
 def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -132,24 +160,45 @@ def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -
     )
 
 
-def parts(letter: str, size: int) -> int:
-    """How many parts a dimension in use has on the mesh that is set, of which each is on devices of
-    its own.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.auto_axes:
-        return 1
-    number = _extent(mesh, _free(mesh, IN_USE[letter]))
-    return number if size % number == 0 else 1
-
-
 def _extent(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def in_use_spec(letters: str) -> PartitionSpec:
-    """The axes that a tensor of these letters is split over while it is computed with."""
-    return spec(letters, IN_USE)
+def parts(letter: str, size: int, *, between: bool = False) -> int:
+    """Into how many parts the mesh that is set splits a dimension of this size, in use or between
+    blocks; 1 without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    (axes,) = _dividing((size,), letter, BETWEEN if between else IN_USE)
+    return _extent(mesh, axes)
+
+
+def by_hand(run: Callable, shape: tuple[int, ...], inputs: str, outputs: str) -> Callable:
+    """A function of the parts that each device has, for what XLA cannot split: a kernel, or
+    messages between devices.
+
+    Args:
+      run: takes and returns a device's parts.
+      shape: of keys, [B, T, K, H]: which of the axes divide.
+      inputs: letters of each of its arguments, apart by spaces; N is split as K is.
+      outputs: letters of its result, or of each of several.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return run
+    lies = dict(zip("BTKH", _dividing(shape, "BTKH", IN_USE), strict=True))
+    lies["N"] = lies["K"]
+    specs = [
+        [PartitionSpec(*(lies.get(letter) for letter in letters)) for letters in side.split()]
+        for side in (inputs, outputs)
+    ]
+    return jax.shard_map(
+        run,
+        in_specs=tuple(specs[0]),
+        out_specs=tuple(specs[1]) if len(specs[1]) > 1 else specs[1][0],
+        axis_names=set(mesh.auto_axes),
+        check_vma=False,
+    )
 
 
 def stored(mesh: Mesh, letters: str) -> NamedSharding:
@@ -167,37 +216,31 @@ def in_use(mesh: Mesh, letters: str) -> NamedSharding:
     return NamedSharding(mesh, spec(letters, IN_USE))
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process's devices hold.
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, in order: int64.
 
-    Raises:
-      ConfigError: if they are not one run of rows, which a mesh with the rows' axes outermost
-        always gives.
+    They may lie apart: devices are in the order in which they are wired, and those of one host are
+    a square of a TPU's torus.
     """
-    sharding = in_use(mesh, "B")
-    held = {
-        (index[0].start or 0, index[0].stop or batch_size)
-        for index in sharding.addressable_devices_indices_map((batch_size,)).values()
-    }
-    start, stop = min(low for low, _ in held), max(high for _, high in held)
-    if sum(high - low for low, high in held) != stop - start:
-        raise ConfigError(
-            f"the rows of this process are not consecutive: {sorted(held)}; "
-            "order the devices by process"
-        )
-    return slice(start, stop)
+    held = in_use(mesh, "B").addressable_devices_indices_map((batch_size,))
+    every = np.arange(batch_size)
+    return np.unique(np.concatenate([every[rows] for (rows,) in held.values()]))
 
 
 def to_devices(mesh: Mesh, local: Any, batch_size: int) -> Any:
     """This process's rows [B/processes, ...] of each array -> global arrays [B, ...], split as
-    rows in use are.
+    rows in use are. Of positions that are split, a process gives its devices only theirs.
     """
+    mine = local_rows(mesh, batch_size)
 
     def put(rows: np.ndarray) -> jax.Array:
-        letters = "BT"[: rows.ndim]
-        return jax.make_array_from_process_local_data(
-            in_use(mesh, letters), rows, (batch_size, *rows.shape[1:])
-        )
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(mine, start)
+            return rows[(slice(first, first + stop - start), *index[1:])]
+
+        sharding = in_use(mesh, "BT"[: rows.ndim])
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
 
     return jax.tree.map(put, local)
 

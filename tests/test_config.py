@@ -196,7 +196,20 @@ CONFLICTS = [  # what is changed, and words that the violation must have
         "data.skip[0] = (5, 3): its first batch comes after its last: give",
     ),
     ({"data__skip": ((3, 5), (5, 6))}, "data.skip[1] = (5, 6) begins before data.skip[0] = (3, 5)"),
-    ({"mesh__context": 2}, "mesh.context = 2: nothing is split over it yet"),
+    (
+        {"mesh__context": 3},
+        "model.context_size = 1024 is not a multiple of mesh.context = 3 (remainder 1): give "
+        "model.context_size 1023 or 1026, or mesh.context 2 or 4",
+    ),
+    (
+        {"mesh__context": 6, "model__context_size": 1026, "model__context_attention": "ring"},
+        "is not a multiple of 2 x mesh.context = 12 (remainder 6): give model.context_size 1020 or "
+        "1032, or mesh.context 3 or 9, or model.context_attention all_gather",
+    ),
+    (
+        {"mesh__context": 32, "mesh__tensor": 64, "model__split_residual": True},
+        "not a multiple of mesh.context 32 x mesh.tensor 64 = 2048",
+    ),
     ({"mesh__pipe": 2}, "mesh.pipe = 2: nothing is split over it yet"),
     ({"mesh__fsdp": 5}, "model.width = 768 is not a multiple of mesh.fsdp = 5"),
     ({"mesh__tensor": 5}, "model.num_heads = 12 is not a multiple of mesh.tensor = 5"),

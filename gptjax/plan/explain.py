@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from gptjax.plan import Plan
 from gptjax.plan.liveness import kept
-from gptjax.plan.memory import leaves, share, sizes_of
+from gptjax.plan.memory import TABLES, leaves, share, sizes_of
 from gptjax.sharding import IN_USE, STORED
 
 
@@ -36,13 +36,14 @@ def explain(found: Plan) -> Iterator[tuple[str, ...]]:
             whole(inner, axes, IN_USE),
         )
     for tensor in kept(config.model).saved:
-        each = tensor.factor * tensor.itemsize * share(tensor.letters, sizes, axes, IN_USE)
+        table = TABLES[tensor.place]
+        each = tensor.factor * tensor.itemsize * share(tensor.letters, sizes, axes, table)
         yield (
             f"kept in a turn of the loop: {tensor.name}",
             tensor.letters,
-            lies(tensor.letters, axes, IN_USE),
+            lies(tensor.letters, axes, table),
             f"{each / 1e6:,.3f}",
-            whole(tensor.letters, axes, IN_USE),
+            whole(tensor.letters, axes, table),
         )
 
 

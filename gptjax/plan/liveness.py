@@ -50,7 +50,7 @@ class Tensor(NamedTuple):
     factor: float  # of the product of the letters' sizes: less than 1 for a part of a dimension
     itemsize: int
     name: str = ""
-    stored: bool = False  # lies as a parameter is kept, not as it is used
+    place: str = "in use"  # or "stored", as a parameter is kept, or "between" blocks
 
 
 @dataclass
@@ -177,7 +177,7 @@ def kept(model: GPTConfig) -> Kept:
     loss = [one for one in loops if one.params["length"] == SIZES["T"] // PIECE]
     sizes = _letters(small)
     return Kept(
-        tuple(_saved(forward, sizes, fused, model.remat)),
+        tuple(_saved(forward, sizes, fused, model)),
         _trace(forward.params["jaxpr"].jaxpr, sizes, fused),
         _trace(backward.params["jaxpr"].jaxpr, sizes, fused),
         _trace(loss[0].params["jaxpr"].jaxpr, sizes, fused) if loss else Trace(),
@@ -213,8 +213,9 @@ def _letters(small: GPTConfig) -> dict[int, str]:
     return sizes | {PIECE: "Q", 1: ""}
 
 
-def _saved(loop: Any, sizes: dict[int, str], fused: bool, remat: str) -> Iterator[Tensor]:
+def _saved(loop: Any, sizes: dict[int, str], fused: bool, model: GPTConfig) -> Iterator[Tensor]:
     """What the loop over layers stacks up, turn by turn."""
+    remat, split = model.remat, model.split_residual
     body, carried = loop.params["jaxpr"].jaxpr, loop.params["num_carry"]
     makers = {made: one for one in body.eqns for made in one.outvars}
     for stacked, each in zip(loop.outvars[carried:], body.outvars[carried:], strict=True):
@@ -222,7 +223,9 @@ def _saved(loop: Any, sizes: dict[int, str], fused: bool, remat: str) -> Iterato
         if fused and remat == "dots" and _is_named(maker, makers):
             continue  # a fused kernel's results have no name by which they could be kept
         place = str(maker.source_info.name_stack).rpartition("/")[2] if maker else "input"
-        yield _tensor(stacked.aval.shape[1:], stacked.aval.dtype.itemsize, sizes, place)
+        tensor = _tensor(stacked.aval.shape[1:], stacked.aval.dtype.itemsize, sizes, place)
+        between = tensor.letters == "BTD" and split
+        yield tensor._replace(place="between") if between else tensor
 
 
 def _is_named(maker: Any, makers: dict[Any, Any]) -> bool:
@@ -308,11 +311,18 @@ def _trace(jaxpr: Jaxpr, sizes: dict[int, str], fused: bool) -> Trace:
 
 
 def _lies(trace: Trace, constraint: Any, number: int) -> None:
-    """Note that a tensor is brought to where a parameter is kept."""
-    spec = constraint.params["sharding"].spec
-    if any("fsdp" in (axes if isinstance(axes, tuple) else (axes,)) for axes in spec):
-        tensor = trace.tensors[number]
-        trace.tensors[number] = tensor._replace(stored=not {*tensor.letters} & {*"BT"})
+    """Note that a tensor is brought to where a parameter is kept, or to where it is between
+    blocks.
+    """
+    tensor = trace.tensors[number]
+    axes = [
+        {one} if isinstance(one, str) else {*(one or ())}
+        for one in constraint.params["sharding"].spec
+    ]
+    if not {*tensor.letters} & {*"BT"} and any("fsdp" in one for one in axes):
+        trace.tensors[number] = tensor._replace(place="stored")
+    elif any({"context", "tensor"} <= one for one in axes):
+        trace.tensors[number] = tensor._replace(place="between")
 
 
 def _is_weight(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from gptjax.data import Batch
 from gptjax.guard import no_recent
 from gptjax.model import LOGITS_BYTES
 from gptjax.plan.liveness import Measure, Tensor, kept
-from gptjax.sharding import IN_USE, STORED
+from gptjax.sharding import BETWEEN, IN_USE, STORED
 from gptjax.tuning import all_letters, init_all, trained
 
 
@@ -52,6 +52,7 @@ class Memory(NamedTuple):
         return {kind: num_bytes for kind, num_bytes in found.items() if num_bytes}
 
 
+TABLES = {"stored": STORED, "in use": IN_USE, "between": BETWEEN}
 # What is there before a step and after it, and what a step adds.
 STATE = ("parameters", "optimizer", "counters")
 KINDS = (
@@ -128,8 +129,7 @@ def measure_of(config: Config, axes: Mapping[str, int]) -> Measure:
 
     @functools.cache
     def measure(tensor: Tensor) -> float:
-        table = STORED if tensor.stored else IN_USE
-        numbers = share(tensor.letters, sizes, axes, table)
+        numbers = share(tensor.letters, sizes, axes, TABLES[tensor.place])
         weight = not {*tensor.letters} & {*"BT"} and "H" in tensor.letters
         if config.model.attention == "splash" and weight:
             numbers *= head
@@ -152,7 +152,8 @@ def memory(config: Config, axes: Mapping[str, int]) -> Memory:
     grads = [*_gradients(config, sizes, axes)]
     saved = [*_saved(config, measure)]
     traces = kept(model)
-    width = Tensor("BTD", 1, itemsize)
+    place = "between" if model.split_residual else "in use"
+    width = Tensor("BTD", 1, itemsize, place=place)
     loss = [
         Part("loss and logits", "logits and softmax of a piece", "BQV", traces.loss.most(measure)),
         Part("loss and logits", "gradient of the unembedding", "DV", measure(Tensor("DV", 1, 4))),

@@ -143,6 +143,13 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
         table = 4 * share("VD", sizes, axes, IN_USE)
         yield Exchange("all-reduce", rows, table, parts, "gradient of the unembedding")
         yield Exchange("all-reduce", rows, table, parts, "gradient of the embedding")
+    if axes["context"] > 1:
+        keys = 2 * itemsize * share("BSKH", sizes, axes, IN_USE)
+        # Keys and values, once more where they are computed again, and again with their gradients.
+        again = 3 if model.remat == "none" else 4
+        yield Exchange(
+            "all-gather", ("context",), keys, again * model.num_layers * parts, "keys and values"
+        )
     if axes["tensor"] > 1:
         width = itemsize * share("BTD", sizes, axes, IN_USE)
         again = {"none": 4, "dots": 4, "full": 5}[model.remat]

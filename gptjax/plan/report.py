@@ -84,6 +84,8 @@ def options(found: Plan) -> dict[str, Any]:
         chosen["mesh.data"] = mesh.data
     chosen |= {"accumulate": config.accumulate, "model.remat": config.model.remat}
     chosen["model.attention"] = config.model.attention
+    if config.model.split_residual:
+        chosen["model.split_residual"] = True
     return {name: value for name, value in chosen.items() if value != 1}
 
 

@@ -119,25 +119,33 @@ def try_all(config: Config, topology: Topology) -> Iterator[Layout]:
         axes = mesh_axes(mesh, topology.num_devices)
         rows = config.batch_size // (axes["data"] * axes["fsdp"])
         parts = [n for n in range(1, min(rows, MOST_ACCUMULATED) + 1) if rows % n == 0]
-        for model, number in itertools.product(_models(config.model, topology), parts):
+        split = (
+            axes["tensor"] > 1
+            and config.model.context_size % (axes["tensor"] * axes["context"]) == 0
+        )
+        for model, number in itertools.product(_models(config.model, topology, split), parts):
             one = replace(laid, model=model, accumulate=number)
             time = step_time(one, axes, grid, topology, peak)
             yield Layout(one, memory(one, axes), time)
 
 
-def _models(model: GPTConfig, topology: Topology) -> Iterator[GPTConfig]:
-    """What is kept for the backward pass, and the kernels."""
+def _models(model: GPTConfig, topology: Topology, split: bool) -> Iterator[GPTConfig]:
+    """What is kept for the backward pass, kernels, and the residual stream if it can be `split`."""
     platform = topology.chip.platform
     resolved = [resolve(replace(model, attention=one), platform)[0] for one in ("auto", "xla")]
     attentions = dict.fromkeys(one.attention for one in resolved)
-    for attention, remat in itertools.product(attentions, ("none", "dots", "full")):
-        yield replace(resolved[0], attention=attention, remat=remat)
+    splits = (False, True) if split else (False,)
+    for attention, remat, between in itertools.product(
+        attentions, ("none", "dots", "full"), splits
+    ):
+        yield replace(resolved[0], attention=attention, remat=remat, split_residual=between)
 
 
 def meshes(config: Config, num_devices: int) -> Iterator[MeshConfig]:
     """Every way to lay devices along data, fsdp and tensor that divides the model."""
     model = config.model
     sizes = model.sizes
+    num_devices //= config.mesh.context * config.mesh.pipe
     shared = math.gcd(sizes["N"], sizes["K"], sizes["F"], model.vocab_multiple)
     for tensor in _divisors(math.gcd(shared, num_devices)):
         if tensor > MOST_TENSOR:
@@ -189,17 +197,22 @@ def changes(config: Config, topology: Topology) -> Iterator[Config]:
     """Configs that train the same model with less memory, by one change or by several."""
     remats = {"none": ("none", "dots", "full"), "dots": ("dots", "full"), "full": ("full",)}
     given = mesh_axes(config.mesh, topology.num_devices)
-    for mesh, remat, times in itertools.product(
-        meshes(config, topology.num_devices), remats[config.model.remat], (1, 2, 4, 8, 16)
+    for mesh, remat, times, split in itertools.product(
+        meshes(config, topology.num_devices),
+        remats[config.model.remat],
+        (1, 2, 4, 8, 16),
+        {config.model.split_residual, True},
     ):
         axes = mesh_axes(mesh, topology.num_devices)
         if axes["tensor"] not in (given["tensor"], 2 * given["tensor"], 4 * given["tensor"]):
+            continue
+        if split and axes["tensor"] == 1:
             continue
         mesh = replace(mesh, data=None) if axes == given else mesh
         one = replace(
             config,
             mesh=config.mesh if axes == given else mesh,
-            model=replace(config.model, remat=remat),
+            model=replace(config.model, remat=remat, split_residual=split),
             accumulate=config.accumulate * times,
         )
         if one != config and not violations(one, topology.num_devices):
@@ -224,7 +237,8 @@ def describe(config: Config) -> str:
     axes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor", "context", "pipe")}
     said = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size and size > 1)
     parts = f"{config.accumulate} part{'s' if config.accumulate > 1 else ''}"
-    return f"{said or 'one device'}, {parts}, remat {model.remat}, {model.attention}"
+    split = ", split residual" if model.split_residual else ""
+    return f"{said or 'one device'}, {parts}, remat {model.remat}, {model.attention}{split}"
 
 
 # --- what comes of it ---------------------------------------------------------------------------
@@ -240,7 +254,14 @@ def layout_options(before: Config, after: Config) -> dict[str, Any]:
 
 def as_arguments(options: dict[str, Any]) -> str:
     """Options as they are typed."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    return " ".join(_typed(name.replace("_", "-"), value) for name, value in options.items())
+
+
+def _typed(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        section, _, option = name.rpartition(".")
+        return f"--{section}.{'' if value else 'no-'}{option}"
+    return f"--{name} {value}"
 
 
 def as_experiment(selector: str, before: Config, found: Plan, about: str) -> str:
