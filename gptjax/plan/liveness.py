@@ -149,15 +149,17 @@ class Kept(NamedTuple):
     loss: Trace  # a piece of it
 
 
-@functools.lru_cache(maxsize=64)
 def kept(model: GPTConfig) -> Kept:
     """What a model keeps for the backward pass, and what it needs besides.
 
     Args:
-      model: with a compute dtype and an attention, of which nothing but the sizes is replaced.
+      model: with a compute dtype and an attention.
     """
-    fused = model.attention in ("cudnn", "splash")
-    small = _small(model)
+    return _kept(_small(model), model.attention in ("cudnn", "splash"))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(small: GPTConfig, fused: bool) -> Kept:
     params = jax.eval_shape(functools.partial(init_params, small), jax.random.key(0))
     shape = (SIZES["B"], SIZES["T"])
     batch = Batch(
@@ -177,7 +179,7 @@ def kept(model: GPTConfig) -> Kept:
     loss = [one for one in loops if one.params["length"] == SIZES["T"] // PIECE]
     sizes = _letters(small)
     return Kept(
-        tuple(_saved(forward, sizes, fused, model)),
+        tuple(_saved(forward, sizes, fused, small)),
         _trace(forward.params["jaxpr"].jaxpr, sizes, fused),
         _trace(backward.params["jaxpr"].jaxpr, sizes, fused),
         _trace(loss[0].params["jaxpr"].jaxpr, sizes, fused) if loss else Trace(),
@@ -202,7 +204,6 @@ def _small(model: GPTConfig) -> GPTConfig:
         window=None if model.window is None else 96,
         attention="blockwise" if model.attention in ("cudnn", "splash") else model.attention,
         loss_piece=PIECE,
-        dropout=model.dropout,
     )
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -83,9 +84,15 @@ def share(letters: str, sizes: Mapping[str, int], axes: Mapping[str, int], table
     return numbers
 
 
-@functools.lru_cache(maxsize=64)
 def leaves(model: GPTConfig, tune: TuneConfig) -> tuple[Leaf, ...]:
     """All parameters of a run."""
+    # They do not depend on how it is computed.
+    plain = {"remat": "full", "attention": "xla", "compute_dtype": "float32"}
+    return _leaves(replace(model, split_residual=False, **plain), tune)
+
+
+@functools.lru_cache(maxsize=64)
+def _leaves(model: GPTConfig, tune: TuneConfig) -> tuple[Leaf, ...]:
     config = Config(model=model, tune=tune)
     shapes = jax.eval_shape(functools.partial(init_all, config), jax.random.key(0))
     counts = trained(jax.tree.map(lambda leaf: leaf.size, shapes), config, lambda count: count)
@@ -191,10 +198,14 @@ def _state(config: Config, sizes: Mapping[str, int], axes: Mapping[str, int]) ->
         if leaf.count:
             part = each * leaf.count // math.prod(leaf.shape)
             yield Part("optimizer", f"{leaf.path}: both moments", leaf.letters, 8 * part)
-    recent = 4 * sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(no_recent)))
-    yield Part("counters", "step, skipped, what is recent", "", recent + 3 * 4)
+    yield Part("counters", "step, skipped, what is recent", "", 4 * (_recent_numbers() + 3))
     rows = share("BT", sizes, axes, IN_USE) * config.accumulate
     yield Part("batch", ", ".join(Batch._fields), "BT", 4 * rows * len(Batch._fields))
+
+
+@functools.cache
+def _recent_numbers() -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(no_recent)))
 
 
 def _gradients(config: Config, sizes: Mapping[str, int], axes: Mapping[str, int]) -> Iterator[Part]:

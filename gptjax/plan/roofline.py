@@ -23,6 +23,8 @@ ASSUMPTIONS = (
     "published bandwidth",
     "exchanges by rings over all links there are, at their published bandwidth, without latency",
     "at least: compute, memory and network fully overlap; at most: they never do",
+    "a program can have all memory of a device; of a GPU's JAX takes three quarters, unless "
+    "XLA_PYTHON_CLIENT_MEM_FRACTION says more",
     "no time for input, evaluation, checkpoints, restarts or kernels that are not at their best",
 )
 
