@@ -2,11 +2,13 @@
 
 import json
 import math
+import runpy
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import REPOSITORY
 from jax import lax
 from small import MODERN, PLAIN
 
@@ -311,13 +313,24 @@ def test_budget():
             parse_budget(text, price, parse_topology(name))
 
 
+GPT3_FILE = f"{REPOSITORY}/experiments/gpt3.py"
+LAYOUTS = runpy.run_path(GPT3_FILE)["TOPOLOGIES"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_gpt3_fit(name):
+    config = load_experiment(f"{GPT3_FILE}:{name}")
+    found = plan(replace(config, data=TEXT), parse_topology(LAYOUTS[name]), compiling=False)
+    assert 1.1 * found.needed < found.topology.chip.memory
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
 def test_command(tmp_path, capsys):
     files = [tmp_path / "plan.json", tmp_path / "plan.html"]
     run_verb(
-        "plan experiments/gpt3.py:b175 --topology v5p:512 --no-compile --explain "
+        f"plan {GPT3_FILE}:b175 --topology v5p:512 --no-compile --explain "
         "--mesh.fsdp 64 --mesh.tensor 8 --accumulate 8 --model.remat full --price 4 "
         f"--json {files[0]} --html {files[1]}".split()
     )
@@ -333,7 +346,7 @@ def test_command(tmp_path, capsys):
 
 def test_command_says_what_would_fit(capsys):
     run_verb(
-        "plan experiments/gpt3.py:b2_7 --topology v5e:16 --no-compile "
+        f"plan {GPT3_FILE}:b2_7 --topology v5e:16 --no-compile "
         "--mesh.data 16 --model.remat none".split()
     )
     said = capsys.readouterr().out
@@ -342,7 +355,7 @@ def test_command_says_what_would_fit(capsys):
 
 def test_command_without_a_topology():
     with pytest.raises(ConfigError, match="--topology is missing"):
-        run_verb(["plan", "experiments/gpt3.py"])
+        run_verb(["plan", GPT3_FILE])
 
 
 # --- with the compilers --------------------------------------------------------------------------

@@ -76,6 +76,11 @@ def plan(experiment: str, given: Plan) -> None:
 def _problems(given: Plan) -> Iterator[str]:
     if given.topology is None:
         yield "--topology is missing: give CHIP:SHAPE, such as --topology v5p:8x8x8"
+    if given.config.task.kind is not None:
+        yield (
+            f"task.kind = {given.config.task.kind!r}: its labels are not known before its data is "
+            "read: plan the same model with --task.kind None"
+        )
 
 
 def _alone() -> None:

@@ -1,10 +1,12 @@
 """A plan as text, and as JSON."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptjax.plan import Plan
+from gptjax.plan.hlo import Collective
 from gptjax.plan.roofline import ASSUMPTIONS, formula_flops, model_flops
 
 MOST_LISTED = 12  # exchanges in the table; JSON has all
@@ -169,15 +171,18 @@ def _work_rows(found: Plan) -> list[tuple[str, str]]:
 
 
 def exchange_rows(found: Plan) -> list[tuple[str, ...]]:
-    """The collectives that the compiler made, the largest first."""
+    """The collectives that the compiler made, the largest first; those that are alike together."""
     if not found.compiled or not found.compiled.collectives:
         return []
-    rows = [("collective", "axes", "of", "from", "MB", "times", "")]
+    times: Counter[Collective] = Counter()
     for one in found.compiled.collectives:
+        times[one._replace(count=1, group=(), op="")] += one.count
+    rows = [("collective", "axes", "of", "from", "MB", "times", "")]
+    for one, count in sorted(times.items(), key=lambda item: -item[0].num_bytes * item[1]):
         shape = f"{one.dtype}[{one.shape}]"
         mark = f"unexpected: {why}" if (why := unexpected(one, found)) else ""
         size = f"{one.num_bytes / 1e6:,.2f}"
-        rows.append((one.kind, one.axis, shape, one.line, size, f"{one.count:,}", mark))
+        rows.append((one.kind, one.axis, shape, one.line, size, f"{count:,}", mark))
     return rows
 
 
@@ -185,13 +190,11 @@ def _exchanges(found: Plan) -> list[str]:
     rows = exchange_rows(found)
     lines = columns(rows[: MOST_LISTED + 1], numbers=0) if rows else []
     if len(rows) > MOST_LISTED + 1:
-        rest = found.compiled.collectives[MOST_LISTED:]
-        megabytes = sum(one.num_bytes * one.count for one in rest) / 1e6
-        lines.append(f"and {len(rest):,} more, {megabytes:,.0f} MB together: --json lists them")
+        lines.append(f"and {len(rows) - MOST_LISTED - 1:,} more, smaller: --html and --json")
     return lines
 
 
-def unexpected(one: Any, found: Plan) -> str:
+def unexpected(one: Collective, found: Plan) -> str:
     """What no layout asks for: why a collective should not be there, or nothing."""
     if one.num_bytes < 2**20:
         return ""
