@@ -10,10 +10,10 @@ they have it from the start. 3.2 million tokens are 1,536 rows here, which more 
 
     gptjax plan experiments/gpt3.py:b175_v5p --topology v5p:512
 
-What their docstrings say is an estimate by formula, of `gptjax plan ... --no-compile`, and where it
-says so the compiler's; none has been run. The first of two figures is for a step in which nothing
-overlaps, the second for one in which everything does. MFU counts all keys, also those that no causal
-query sees, so it can pass 100 %.
+What their docstrings say is an estimate, by formula (`gptjax plan ... --no-compile`) or by the
+compiler; none has been run. The first of two figures is for a step in which nothing overlaps, the
+second for one in which everything does. MFU counts all keys, also those that no causal query sees,
+so it can pass 100 %.
 
 The tokenizer is GPT-2's, from a folder `gpt2` that holds its encoder.json and vocab.bpe, or its
 vocab.json and merges.txt; --data.tokenizer names another.
