@@ -385,24 +385,30 @@ def init_params(config: GPTConfig, key: jax.Array) -> Params:
 
 def param_letters(config: GPTConfig) -> Any:
     """The tree of parameters with each leaf's letters in its place, such as "LDNH"."""
-    boxed = jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: "".join(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
-    )
+    return jax.tree.map(lambda box: "".join(box.names), _abstract_boxes(config), is_leaf=_is_box)
 
 
 def abstract_params(config: GPTConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters as they are stored on a mesh; nothing is
     allocated.
     """
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     return jax.tree.map(
-        lambda shape, letters: jax.ShapeDtypeStruct(
-            shape.shape, shape.dtype, sharding=stored(mesh, letters)
+        lambda box: jax.ShapeDtypeStruct(
+            box.value.shape, box.value.dtype, sharding=stored(mesh, "".join(box.names))
         ),
-        shapes,
-        param_letters(config),
+        _abstract_boxes(config),
+        is_leaf=_is_box,
     )
+
+
+@functools.cache  # a run asks for it again and again, and tracing takes long
+def _abstract_boxes(config: GPTConfig) -> Any:
+    """Shapes and dtypes in the boxes of all parameters."""
+    return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nn.Partitioned)
 
 
 def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
@@ -418,11 +424,7 @@ def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
 
     embedding = Embedding(config).init(embedding_key, ids_BT, ids_BT)["params"]
     blocks = jax.vmap(one_block)(jax.random.split(blocks_key, config.num_layers))
-    blocks = jax.tree.map(
-        lambda box: box.replace(names=("L", *box.names)),
-        blocks,
-        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )
+    blocks = jax.tree.map(lambda box: box.replace(names=("L", *box.names)), blocks, is_leaf=_is_box)
     unembedding_VD = jnp.zeros((config.sizes["V"], config.width))
     # A head without a norm whose unembedding is the embedding has no parameters.
     head = ({"params": {}} | Head(config).init(head_key, x_BTD, unembedding_VD))["params"]
