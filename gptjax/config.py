@@ -330,7 +330,12 @@ class MeshConfig:
     fsdp: Count = 1  # rows as data; parameters and optimizer state split by width
     tensor: Count = 1  # heads, feed-forward and vocabulary split
     context: Count = 1  # positions of a row split
-    pipe: Count = 1  # layers split into stages
+    pipe: Count = 1  # layers split into stages of a pipeline
+    # groups of layers that each stage of a pipeline has: more make the time shorter in which a
+    # stage has no work, and the traffic between stages larger
+    rounds: Count = 1
+    # parts of the rows of a device that follow each other through the stages; None: one row each
+    microbatches: Count | None = None
     # groups of devices joined by a slower network; None: as the hardware says
     slices: Count | None = None
     across: Literal["data", "fsdp", "pipe"] = "data"  # the axis that crosses that network
@@ -917,7 +922,7 @@ def _skip(config: Config, _: int | None) -> Iterator[str]:
 
 
 def _axes_not_built(config: Config, _: int | None) -> Iterator[str]:
-    for axis in ("context", "pipe"):
+    for axis in ("context",):
         if (size := getattr(config.mesh, axis)) > 1:
             yield f"mesh.{axis} = {size}: nothing is split over it yet: give 1, and fsdp or tensor"
 

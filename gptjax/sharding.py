@@ -15,16 +15,19 @@ from gptjax.config import ConfigError, MeshConfig
 AXES = ("data", "fsdp", "tensor", "context", "pipe")
 
 # Where the dimension of a letter lies while a tensor is kept, and while it is computed with. These
-# tables are the sharding code.
+# tables are the sharding code. Rows lie on `pipe` only outside the pipeline: within it the axis is
+# taken.
 STORED = {"L": "pipe", "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
 IN_USE = {
-    "B": ("data", "fsdp"),
+    "B": ("data", "fsdp", "pipe"),
     "T": "context",
     "N": "tensor",
     "K": "tensor",
     "F": "tensor",
     "V": "tensor",
 }
+# Of a batch as a step is given it: every stage of the pipeline needs all rows.
+FED = IN_USE | {"B": ("data", "fsdp")}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -88,6 +91,11 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return _place(x, letters, IN_USE)
 
 
+def constrain_fed(x: jax.Array, letters: str) -> jax.Array:
+    """Place a tensor as a batch is fed: rows whole on every stage of a pipeline."""
+    return _place(x, letters, FED)
+
+
 def gather(x: jax.Array, letters: str) -> jax.Array:
     """Bring a parameter from how it is stored to how it is used; its gradient goes the other way.
 
@@ -115,10 +123,9 @@ def _place(x: jax.Array, letters: str, table: dict) -> jax.Array:
         return x
     # What does not divide stays whole: a prompt alone on a mesh of eight. For training, the
     # config's checks refuse it. Inside `jax.shard_map` an axis is its caller's.
-    axes = [_free(mesh, axis) for axis in spec(letters, table)]
     axes = [
-        axis if size % _extent(mesh, axis) == 0 else None
-        for axis, size in zip(axes, x.shape, strict=True)
+        _dividing(mesh, _free(mesh, axes), size)
+        for axes, size in zip(spec(letters, table), x.shape, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
@@ -132,13 +139,31 @@ def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -
     )
 
 
+def _dividing(
+    mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...], size: int
+) -> tuple[str, ...]:
+    """As many of the axes, the first ones, as a dimension of that size divides by."""
+    while axes and size % _extent(mesh, axes):
+        axes = axes[:-1]
+    return axes
+
+
 def _extent(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def in_use_spec(letters: str) -> PartitionSpec:
-    """The axes that a tensor of these letters is split over while it is computed with."""
-    return spec(letters, IN_USE)
+    """The axes that a tensor of these letters is split over while it is computed with, as far as
+    the mesh that is set leaves them to XLA.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return PartitionSpec(*(_free(mesh, axes) for axes in spec(letters, IN_USE)))
+
+
+def row_shards(num_rows: int) -> int:
+    """In how many parts rows lie on the axes of `FED`, on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _extent(mesh, _dividing(mesh, _free(mesh, FED["B"]), num_rows))
 
 
 def stored(mesh: Mesh, letters: str) -> NamedSharding:
@@ -152,8 +177,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def in_use(mesh: Mesh, letters: str) -> NamedSharding:
-    """Where a tensor of these letters is while it is computed with."""
-    return NamedSharding(mesh, spec(letters, IN_USE))
+    """Where an array of a batch is while it is computed with."""
+    return NamedSharding(mesh, spec(letters, FED))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
