@@ -38,7 +38,14 @@ from gptjax.model import Block, Params, Places, remat, scan_blocks
 from gptjax.sharding import constrain, row_shards
 
 # Primitives that parameters pass on their way from the stack into a product.
-CHEAP = ("dynamic_slice", "gather", "squeeze", "convert_element_type", "sharding_constraint")
+CHEAP = (
+    "convert_element_type",
+    "dynamic_slice",
+    "gather",
+    "sharding_constraint",
+    "slice",
+    "squeeze",
+)
 
 
 class Schedule(NamedTuple):
