@@ -993,8 +993,24 @@ RULES = (
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name nearest to a given one, or nothing."""
-    near = difflib.get_close_matches(str(given), list(allowed), n=1)
+    near = difflib.get_close_matches(str(given), list(allowed), n=5)
+    near.sort(key=lambda name: _edits(str(given), name))
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _edits(one: str, other: str) -> int:
+    """How many letters to leave out, put in, replace, or swap with the next, turn one into the
+    other.
+    """
+    last: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, last, row = last, row, [i]
+        for j, wanted in enumerate(other, 1):
+            row.append(min(row[-1] + 1, last[j] + 1, last[j - 1] + (letter != wanted)))
+            if i > 1 and j > 1 and (one[i - 2], letter) == (wanted, other[j - 2]):
+                row[-1] = min(row[-1], before[j - 2] + 1)
+    return row[-1]
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -8,23 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock, DeviceWatch
-from gptjax.config import Config, ConfigError, check
+from gptjax.config import Config
 from gptjax.data import (
     Batch,
     Rollback,
     Rows,
-    check_epochs,
-    exclude,
     pass_over,
     prefetch,
     read_rollbacks,
@@ -36,47 +32,38 @@ from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
 from gptjax.faults import at
+from gptjax.integrity import NotFiniteError
 from gptjax.labelled import (
     NO_BEST,
     Best,
-    Labelled,
     best_by,
     best_of,
-    contents_of,
-    describe_examples,
     figures_of,
     jit_label_step,
-    load_labelled,
     predict,
     write_said,
 )
-from gptjax.loading import check_origin, load_params, read_model, take_over, with_head
+from gptjax.loading import load_params, read_model, with_head
 from gptjax.metrics import Log, read_metrics
-from gptjax.model import Params, resolve
+from gptjax.model import Params
+from gptjax.ready import Ready, make_ready
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
 from gptjax.resume import (
     NOTHING_ALLOWED,
     Allowed,
     Origin,
     begin_fork,
-    changes_of,
-    data_changes,
-    data_of,
-    find_past,
     keep_past,
-    refuse_changes,
-    told,
     write_changes,
 )
-from gptjax.rows import load_rows, take_up, with_vocabulary
+from gptjax.rows import take_up
 from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sampling import Sampling
-from gptjax.sharding import local_rows, make_mesh, to_devices
+from gptjax.sharding import local_rows, to_devices
 from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state, with_params
 from gptjax.stop import Interrupted, Leaving, Stop
-from gptjax.summary import describe, describe_text, left_out, summary, versions
+from gptjax.summary import summary, versions
 from gptjax.tasks import ExampleRows
-from gptjax.tokenizer import Tokenizer, make_tokenizer
 from gptjax.tuning import abstract_all, merged
 from gptjax.watchdog import Watchdog
 
@@ -195,46 +182,8 @@ def _fit(
     watchdog: Watchdog,
 ) -> TrainState:
     """As `fit`, in a run directory that is this run's alone."""
-    check(config, jax.device_count())
-    labelled = None
-    if config.task.kind and config.init_from:
-        begun = (run_dir / "config.json").exists()
-        config = take_over(config, run_dir if begun else Path(config.init_from))
-    tokenizer = make_tokenizer(config.data)
-    if config.task.kind:
-        with events.spent.of("data_preparation"):
-            config, labelled = load_labelled(config, tokenizer)
-    past = find_past(run_dir, tokenizer, fork_from)
-    model = config.model
-    if past and model.vocab_size is None:
-        model = replace(model, vocab_size=past.config.model.vocab_size)
-    elif config.init_from and not past:
-        model = check_origin(Path(config.init_from), model, tokenizer)
-    config = replace(config, model=with_vocabulary(model, tokenizer))
-    mesh = make_mesh(config.mesh)
-    check(config, mesh.size)
-    changes = (
-        changes_of(past.config, config, past.step, read_rollbacks(past.run_dir)) if past else []
-    )
-    refuse_changes(changes, past, allowed)
-    if past and past.forks and past.step >= config.steps:
-        raise ConfigError(
-            f"steps = {config.steps:,}, but the fork begins after step {past.step:,}: give more"
-        )
-    _, reason = resolve(config.model, mesh.devices.flat[0].platform)
-    if labelled:
-        train_rows, data = labelled.splits["train"].rows, contents_of(labelled)
-        valid_splits = {"": labelled.splits["valid"].rows} if "valid" in labelled.splits else {}
-        about = describe_examples(config, labelled)
-    else:
-        with events.spent.of("data_preparation"):
-            train_rows, valid_splits = load_rows(config, tokenizer)
-        data = data_of(train_rows, valid_splits)
-        check_epochs(train_rows, config.steps)
-        about = describe_text(config, train_rows, valid_splits)
-    other_data = data_changes(past.run_dir, data) if past else []
-    refuse_changes(other_data, past, allowed, what="data")
-    first = jax.process_index() == 0
+    ready = make_ready(config, run_dir, allowed, fork_from, events)
+    config, past, first = ready.config, ready.past, jax.process_index() == 0
     if first and past and past.forks:
         begin_fork(run_dir, past)
     with Checkpoints(
@@ -249,14 +198,12 @@ def _fit(
         if start is None:
             start = past.step if past else 0
         exclusions = take_up(run_dir, start)
-        rollbacks = read_rollbacks(run_dir)
-        train_rows = train_rows if labelled else exclude(train_rows, exclusions)
-        train_rows = pass_over(train_rows, rollbacks)
-        events.start(start, **versions(config, mesh))
-        write_changes(events if first else Events(None), start, changes, other_data, past)
+        ready = ready.passing_over(exclusions, run_dir)
+        events.start(start, **versions(config, ready.mesh))
         if first:
-            keep_past(run_dir, config, start, data)
-            save_run(run_dir, config, tokenizer)
+            write_changes(events, start, ready.changes, ready.data_changes, past)
+            keep_past(run_dir, config, start, ready.contents)
+            save_run(run_dir, config, ready.tokenizer)
             if exclusions:
                 write_exclusions(run_dir, exclusions)
         with Log(
@@ -266,68 +213,52 @@ def _fit(
             tensorboard=config.tensorboard,
             enabled=first,
         ) as log:
-            log.say(describe(config, mesh, reason, about))
-            if exclusions:
-                log.say(f"left out   {left_out(exclusions)}, as {run_dir / 'skipped.json'} lists")
-            if changes:
-                log.say(told(changes, past, config))
-            for change in other_data:
-                log.say(f"--- changed since step {past.step:,}: {change}")
-            run = _Run(
-                config,
-                mesh,
-                tokenizer,
-                train_rows,
-                valid_splits,
-                checkpoints,
-                log,
-                events,
-                stop,
-                watchdog,
-                run_dir,
-                rollbacks,
-                past.ancestry[0] if past and past.ancestry else None,
-                labelled,
-            )
-            run.best = run.find_best()
+            for line in ready.first_lines(exclusions, run_dir):
+                log.say(line)
+            run = _Run(ready, run_dir, checkpoints, log, events, stop, watchdog)
             with watchdog.telling():
-                if start < config.steps and not run.is_over:
-                    with watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
-                        compiling = thread.submit(run.compile)
-                        state = run.start(start)  # meanwhile
-                        with events.spent.of("compile"):
-                            step_fn = compiling.result()
-                    run.evaluate_late(state.params, start)
-                    state = run.train_back_and_forth(state, start, step_fn)
-                else:
-                    with watchdog.phase("start"):
-                        state = run.start(start)
-                    run.evaluate_late(state.params, start)
-                stop.all_is_saved()
-                run.finish(state)
-    return state
+                return run.go(start)
 
 
-@dataclasses.dataclass
 class _Run:
     """What the phases of a run share."""
 
-    config: Config
-    mesh: Mesh
-    tokenizer: Tokenizer
-    rows: Rows | ExampleRows
-    valid_splits: dict[str, Rows | ExampleRows]
-    checkpoints: Checkpoints
-    log: Log
-    events: Events
-    stop: Stop
-    watchdog: Watchdog
-    run_dir: Path
-    rollbacks: tuple[Rollback, ...]
-    origin: Origin | None  # of a fork
-    labelled: Labelled | None  # None: text
-    best: Best = NO_BEST  # of a task
-    comparer: Comparer | None = None  # of the state's copies; None: there are none to compare
+    def __init__(
+        self,
+        ready: Ready,
+        run_dir: Path,
+        checkpoints: Checkpoints,
+        log: Log,
+        events: Events,
+        stop: Stop,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config, self.mesh, self.tokenizer = ready.config, ready.mesh, ready.tokenizer
+        self.rows, self.valid_splits = ready.rows, ready.valid_splits
+        self.labelled, self.origin = ready.labelled, ready.origin
+        self.run_dir, self.checkpoints, self.log = run_dir, checkpoints, log
+        self.events, self.stop, self.watchdog = events, stop, watchdog
+        self.rollbacks = read_rollbacks(run_dir)
+        self.best = self.find_best()  # step of a task
+        self.comparer: Comparer | None = None  # of the state's copies; None: there are none
+
+    def go(self, start: int) -> TrainState:
+        """From a step to the end."""
+        if start >= self.config.steps or self.is_over:
+            with self.watchdog.phase("start"):
+                state = self.start(start)
+            self.evaluate_late(state.params, start)
+        else:
+            with self.watchdog.phase("start"), ThreadPoolExecutor(1, "compile") as thread:
+                compiling = thread.submit(self.compile)
+                state = self.start(start)  # meanwhile
+                with self.events.spent.of("compile"):
+                    step_fn = compiling.result()
+            self.evaluate_late(state.params, start)
+            state = self.train_back_and_forth(state, start, step_fn)
+        self.stop.all_is_saved()
+        self.finish(state)
+        return state
 
     def compile(self) -> Callable:
         """The step, compiled; and what saving and the comparison of copies need."""
@@ -393,8 +324,8 @@ class _Run:
         Raises:
           DivergenceError: if the run has gone back as often as it may.
         """
-        safe = self.tell_safe()
-        start = self.checkpoints.latest_valid() or 0
+        found, safe = self.find_safe()
+        start = found or 0
         if len(self.rollbacks) >= self.config.guard.max_rollbacks:
             raise DivergenceError(
                 f"the updates of {skipped} steps in a row were skipped, up to step {step:,}, and "
@@ -547,17 +478,23 @@ class _Run:
             raise ReplicaError(
                 f"the copies of the state on different devices differ after step {step:,}: "
                 f"{'; '.join(found[:3])}{more}. A device has computed or kept something wrong. "
-                f"Nothing of it is saved, and {self.tell_safe()}: the same command goes on, better "
-                "without that device; --guard.cross-check-every None compares no more"
+                f"Nothing of it is saved, and {self.find_safe()[1]}: the same command goes on, "
+                "better without that device; --guard.cross-check-every None compares no more"
             )
 
-    def tell_safe(self) -> str:
-        """Which checkpoint is from before what went wrong, once what is being saved is saved."""
-        self.checkpoints.wait()
-        step = self.checkpoints.latest()
+    def find_safe(self) -> tuple[int | None, str]:
+        """The newest checkpoint from before what went wrong, once what is being saved is saved, and
+        words for it. That a save has failed must not hide what went wrong.
+        """
+        failed = ""
+        try:
+            self.checkpoints.wait()
+        except (OSError, NotFiniteError) as error:
+            failed = f", and the save that was under way failed: {error}"
+        step = self.checkpoints.latest_valid()
         if step is None:
-            return "there is no checkpoint yet"
-        return f"the newest checkpoint, of step {step:,}, is from before"
+            return None, f"there is no checkpoint yet{failed}"
+        return step, f"the newest checkpoint, of step {step:,}, is from before{failed}"
 
     def tell_skipped(self, step: int, metrics: dict[str, float]) -> None:
         """Tell that an update was skipped, and of which batch; go back, or stop, if it is one too
@@ -588,7 +525,7 @@ class _Run:
             raise DivergenceError(
                 f"the loss or its gradient was not finite for {skipped} steps "
                 f"in a row, up to step {step:,}: lower optimizer.learning_rate, lengthen the "
-                f"warm-up, or go on from an earlier checkpoint; {self.tell_safe()}"
+                f"warm-up, or go on from an earlier checkpoint; {self.find_safe()[1]}"
             )
 
     def evaluate_late(self, params: Params, step: int) -> None:

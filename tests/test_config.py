@@ -26,6 +26,7 @@ from gptjax.config import (
     MixtureConfig,
     OptimizerConfig,
     check,
+    did_you_mean,
     from_json,
     load_experiment,
     to_json,
@@ -381,6 +382,11 @@ def test_typos_in_options_get_the_right_suggestion(random):
     problems = refused([word for typo in typos for word in (typo, "1")])
     for (typo, option), problem in zip(typos.items(), problems, strict=True):
         assert problem == f"{typo}: there is no such option. Did you mean {option!r}?"
+
+
+@pytest.mark.parametrize("typo, name", [("to_pk", "top_k"), ("topk_", "top_k"), ("bet1a", "beta1")])
+def test_letters_that_changed_places_are_one_mistake(typo, name):
+    assert did_you_mean(typo, ["beta1", "beta2", "top_k", "top_p"]) == f" Did you mean {name!r}?"
 
 
 def test_an_option_without_its_section_gets_the_whole_name():

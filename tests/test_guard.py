@@ -25,7 +25,7 @@ from gptjax.config import (
     SampleConfig,
     violations,
 )
-from gptjax.data import batch_at, pass_over, read_rollbacks
+from gptjax.data import Rows, batch_at, pass_over, read_rollbacks
 from gptjax.faults import arm
 from gptjax.guard import judge, no_recent
 from gptjax.metrics import read_metrics
@@ -396,6 +396,17 @@ def test_faults_that_do_not_end_stop_the_run_and_the_last_checkpoint_is_from_bef
     assert all(one["loss"] is None for one in told)
 
 
+def test_a_save_that_fails_meanwhile_does_not_hide_what_went_wrong(
+    monkeypatch, text, tmp_path, faults
+):
+    monkeypatch.setattr(Checkpoints, "poll", lambda self: None)  # it comes to light at the end
+    monkeypatch.setattr(Checkpoints, "due_again", lambda self, step: False)
+    config = small_run(text, save_every=6, guard=GuardConfig(save_retries=0))
+    faults("batch_read:nan@7-99,written:enospc")
+    with pytest.raises(DivergenceError, match=r"no checkpoint yet, and the save .* failed"):
+        fit(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_run_that_went_back_is_the_run_that_never_saw_those_batches(text, tmp_path, faults):
     guard = GuardConfig(rollback_after=3)
@@ -439,11 +450,13 @@ def test_a_run_goes_back_before_its_first_checkpoint_and_only_so_often(text, tmp
 def test_spikes_are_told_and_a_run_goes_back_for_them_too(
     faulty, faults, monkeypatch, text, tmp_path
 ):
-    def batch_with_spikes(step, rows, *, which):
-        batch = batch_at(step, rows, which=which)
+    real = Rows.batch_at
+
+    def batch_with_spikes(rows, step, *, which):
+        batch = real(rows, step, which=which)
         return with_fault(batch, "loss spike") if rows.batch_number(step) in (18, 21, 22) else batch
 
-    monkeypatch.setattr(gptjax.train, "batch_at", batch_with_spikes)
+    monkeypatch.setattr(Rows, "batch_at", batch_with_spikes)
     model = replace(MODERN, vocab_size=None)
     guard = GuardConfig(spike_window=16, rollback_after=2)
     faults("step_end:sleep=1@17")  # the save of step 15 is done before that of 20 is due

@@ -24,9 +24,10 @@ from gptjax.hf.weights import by_path
 from gptjax.loading import check_origin, load
 from gptjax.model import forward
 from gptjax.programs import load_programs
+from gptjax.rows import load_rows
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.tokenizer import ByteTokenizer, make_tokenizer
-from gptjax.train import fit, load_rows
+from gptjax.train import fit
 
 BYTES = replace(PLAIN, vocab_size=258, vocab_multiple=64)
 run = jax.jit(forward, static_argnames="config")

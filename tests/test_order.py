@@ -60,6 +60,7 @@ ORDER = (
     "resume",
     "clock",
     "summary",
+    "ready",
     "train",
     "report",
     "outcome",

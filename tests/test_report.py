@@ -264,7 +264,7 @@ def test_the_time_of_a_run_that_is_killed_and_stopped_is_all_told(tmp_path):
     began = time.time()
     for fault, code in [
         ("step_end:kill9@35,step_end:sleep=0.3@25-34", -signal.SIGKILL),
-        ("step_end:term@15", 75),
+        ("step_end:term@15,step_end:sleep=1@15", 75),  # heard, by another thread, in that step
         ("", 0),
     ]:
         done = subprocess.run(

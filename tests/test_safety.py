@@ -168,7 +168,9 @@ def test_what_is_not_ours_is_not_made(plain):
         from_text(json.dumps(plain))
 
 
-@pytest.mark.parametrize("value", [print, object(), lambda: 0, {1, 2}], ids=str)
+@pytest.mark.parametrize(
+    "value", [print, object(), lambda: 0, {1, 2}], ids=["builtin", "object", "lambda", "set"]
+)
 def test_other_values_are_refused(value):
     with pytest.raises(TypeError, match="no form as text"):
         to_text(value)

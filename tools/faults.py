@@ -269,8 +269,8 @@ def _kill(
     phase = "saving" if saving else "removing" if removing else "training" if stepped else "start"
     tally.phases[phase] += 1
     life.logged = lab.last_logged(life.run)
-    if stepped:  # while a save is on its way the one before counts, and those that come due wait
-        life.most_lost = SAVE_EVERY * (1 + saving + lab.passed_over(life.run))
+    if stepped:  # a save may be on its way, before its folder is there; those that come due wait
+        life.most_lost = SAVE_EVERY * (2 + lab.passed_over(life.run))
     for i, other in enumerate(commands):
         if i == victim:
             continue

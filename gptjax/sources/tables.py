@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gptjax.config import did_you_mean
@@ -20,7 +21,13 @@ def _said_of(where: str, values: Iterable[Any]) -> Iterator[Any]:
         yield from values
 
 
-def read_parquet(where: str, field: str, cursor: int, on_bad: OnBad | None) -> Iterator[Record]:
+@contextmanager
+def open_parquet(where: str) -> Iterator[Any]:
+    """A Parquet file, of which nothing but its last lines is read yet.
+
+    Raises:
+      DataError: if it is not whole.
+    """
     parquet = needed("pyarrow.parquet", "parquet", where)
     with open_bytes(where) as file:
         try:
@@ -29,6 +36,11 @@ def read_parquet(where: str, field: str, cursor: int, on_bad: OnBad | None) -> I
             raise DataError(
                 f"{where}: not a whole Parquet file ({error}); copy it again"
             ) from error
+        yield table
+
+
+def read_parquet(where: str, field: str, cursor: int, on_bad: OnBad | None) -> Iterator[Record]:
+    with open_parquet(where) as table:
         _check_field(where, field, table.schema_arrow.names)
 
         values = _parquet_values(table, field, cursor)

@@ -1,8 +1,9 @@
 """Questions with a few continuations to choose from, by their likelihood."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from gptjax.tasks.metrics import class_figures
 from gptjax.tasks.pairs import encode_request, named_texts
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled, last_line
-from gptjax.tasks.records import Flaw, cell, kind_of_value, read_records, sound, text_in
+from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound, text_in
 from gptjax.tasks.task import Encoded, Prediction, Request, space_between, tell_too_long
 from gptjax.tokenizer import Tokenizer
 
@@ -44,13 +45,11 @@ class Choices:
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Choice]:
         """The text may be a list: then it has the contexts, and the choices' column one text."""
-        for record in read_records(self.config, paths, problems):
-            try:
-                yield self._example(record.where, record.value, labelled)
-            except Flaw as flaw:
-                problems.bad(flaw.kind, record.where, str(flaw))
+        make = functools.partial(self._example, labelled=labelled)
+        return read_examples(self.config, paths, problems, make)
 
-    def _example(self, where: str, value: Any, labelled: bool) -> Choice:
+    def _example(self, record: Record, labelled: bool) -> Choice:
+        where, value = record
         config, column = self.config, self.config.text_column or "query"
         shown = cell(value, column)
         contexts = self._texts(shown, column) if isinstance(shown, list) else None

@@ -1,5 +1,6 @@
 """Classes of a text, or of two together: one of several, or any number."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from gptjax.data import WORD_BITS
 from gptjax.tasks.metrics import class_figures, label_set_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled, last_line
-from gptjax.tasks.records import Flaw, Record, cell, read_records, text_in
+from gptjax.tasks.records import Flaw, Record, cell, read_examples, text_in
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
@@ -55,11 +56,8 @@ class Classification:
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Classified]:
-        for record in read_records(self.config, paths, problems):
-            try:
-                yield self._example(record, labelled)
-            except Flaw as flaw:
-                problems.bad(flaw.kind, record.where, str(flaw))
+        make = functools.partial(self._example, labelled=labelled)
+        return read_examples(self.config, paths, problems, make)
 
     def _example(self, record: Record, labelled: bool) -> Classified:
         config, value = self.config, record.value

@@ -1,5 +1,6 @@
 """Dialogue: messages with roles, of which the model learns to write the assistant's."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
@@ -9,7 +10,7 @@ import numpy as np
 from gptjax.config import TaskConfig
 from gptjax.tasks.metrics import text_figures
 from gptjax.tasks.problems import Problems
-from gptjax.tasks.records import Flaw, cell, kind_of_value, read_records, sound
+from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
@@ -58,16 +59,15 @@ class Dialogues:
         """Of records with a list of messages, or that are such a list. A message is an object with
         `config.role_key` and `config.content_key`, or a text; then user and assistant take turns.
         """
-        for record in read_records(self.config, paths, problems):
-            try:
-                messages = self._messages(record.value)
-                if labelled and not any(one.role == "assistant" for one in messages):
-                    roles = ", ".join(map(repr, self.config.assistant))
-                    raise Flaw("no label", f"none of the messages is of {roles}")
-            except Flaw as flaw:
-                problems.bad(flaw.kind, record.where, str(flaw))
-            else:
-                yield Dialogue(record.where, messages)
+        make = functools.partial(self._example, labelled=labelled)
+        return read_examples(self.config, paths, problems, make)
+
+    def _example(self, record: Record, labelled: bool) -> Dialogue:
+        messages = self._messages(record.value)
+        if labelled and not any(one.role == "assistant" for one in messages):
+            roles = ", ".join(map(repr, self.config.assistant))
+            raise Flaw("no label", f"none of the messages is of {roles}")
+        return Dialogue(record.where, messages)
 
     def _messages(self, value: Any) -> tuple[Message, ...]:
         given = value if isinstance(value, list) else cell(value, self.config.messages_column)

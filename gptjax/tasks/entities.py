@@ -1,5 +1,6 @@
 """Named entities: a tag for each word, carried to tokens and back."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from gptjax.config import TaskConfig, did_you_mean
 from gptjax.tasks.metrics import entity_counts, entity_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
-from gptjax.tasks.records import Flaw, Record, cell, read_records, sound
+from gptjax.tasks.records import Flaw, Record, cell, read_examples, sound
 from gptjax.tasks.tags import Entity, entities, first_broken, plain_tag, write_tags
 from gptjax.tasks.task import (
     Encoded,
@@ -51,11 +52,8 @@ class Entities:
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Tagged]:
-        for record in read_records(self.config, paths, problems):
-            try:
-                yield self._example(record, problems, labelled)
-            except Flaw as flaw:
-                problems.bad(flaw.kind, record.where, str(flaw))
+        make = functools.partial(self._example, problems=problems, labelled=labelled)
+        return read_examples(self.config, paths, problems, make)
 
     def _example(self, record: Record, problems: Problems, labelled: bool) -> Tagged:
         """From columns of CoNLL, or from a table whose cells are lists of words and tags."""

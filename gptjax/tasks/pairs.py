@@ -1,5 +1,6 @@
 """A text to another: translation, summaries, instructions and their answers."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -10,7 +11,7 @@ from gptjax.config import TaskConfig
 from gptjax.tasks.metrics import text_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
-from gptjax.tasks.records import Flaw, read_records, text_in
+from gptjax.tasks.records import Flaw, Record, read_examples, text_in
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
@@ -48,15 +49,14 @@ class Pairs:
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Pair]:
-        for record in read_records(self.config, paths, problems):
-            try:
-                source = text_in(record.value, self.config.source_column)
-                target = self._target(record.value, labelled)
-            except Flaw as flaw:
-                problems.bad(flaw.kind, record.where, str(flaw))
-                continue
-            columns = {"source": source} | named_texts(record.value)
-            yield Pair(record.where, source, target, tuple(columns.items()))
+        make = functools.partial(self._example, labelled=labelled)
+        return read_examples(self.config, paths, problems, make)
+
+    def _example(self, record: Record, labelled: bool) -> Pair:
+        source = text_in(record.value, self.config.source_column)
+        target = self._target(record.value, labelled)
+        columns = {"source": source} | named_texts(record.value)
+        return Pair(record.where, source, target, tuple(columns.items()))
 
     def _target(self, value: Any, labelled: bool) -> str | None:
         try:

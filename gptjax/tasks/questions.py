@@ -11,7 +11,15 @@ from gptjax.sources import DataError
 from gptjax.tasks.metrics import answer_figures, answer_scores
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
-from gptjax.tasks.records import Flaw, find_files, kind_of_value, load_whole, read_records, sound
+from gptjax.tasks.records import (
+    Flaw,
+    Record,
+    find_files,
+    kind_of_value,
+    load_whole,
+    read_examples,
+    sound,
+)
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
@@ -106,11 +114,10 @@ class Questions:
                 problems.bad(flaw.kind, here, str(flaw))
 
     def _flat(self, path: str, problems: Problems, labelled: bool) -> Iterator[Question]:
-        for record in read_records(self.config, (path,), problems):
-            try:
-                yield self._example(record.value, record.where, problems, labelled)
-            except Flaw as flaw:
-                problems.bad(flaw.kind, record.where, str(flaw))
+        def make(record: Record) -> Question:
+            return self._example(record.value, record.where, problems, labelled)
+
+        return read_examples(self.config, (path,), problems, make)
 
     def _example(self, value: Any, where: str, problems: Problems, labelled: bool) -> Question:
         if not isinstance(value, dict):

@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.config import DataConfig, TaskConfig, did_you_mean
 from gptjax.sources import DataError, Source, expand, needed, open_bytes, packing_of
 from gptjax.sources.lines import FIELD_LIMIT
+from gptjax.sources.tables import open_parquet
 from gptjax.tasks.problems import Problems
 
 NUMBER = re.compile(r"-?[1-9]\d*")  # of a column
@@ -56,6 +57,26 @@ def read_records(config: TaskConfig, paths: Iterable[str], problems: Problems) -
             case "conll":
                 records = _conll(source.where, problems)
         yield from records
+
+
+def read_examples(
+    config: TaskConfig,
+    paths: Iterable[str],
+    problems: Problems,
+    make: Callable[[Record], Any],
+) -> Iterator[Any]:
+    """What `make` makes of each record; one in which it finds a flaw is told of, and left out.
+
+    Raises:
+      DataError: as `read_records` does.
+    """
+    for record in read_records(config, paths, problems):
+        try:
+            example = make(record)
+        except Flaw as flaw:
+            problems.bad(flaw.kind, record.where, str(flaw))
+        else:
+            yield example
 
 
 def find_files(
@@ -338,14 +359,7 @@ def load_whole(where: str, kind: str) -> Any:
 
 
 def _parquet(where: str, problems: Problems) -> Iterator[Record]:
-    parquet = needed("pyarrow.parquet", "parquet", where)
-    with open_bytes(where) as file:
-        try:
-            table = parquet.ParquetFile(file)
-        except (ValueError, OSError) as error:
-            raise DataError(
-                f"{where}: not a whole Parquet file ({error}); copy it again"
-            ) from error
+    with open_parquet(where) as table:
         number = 0
         for batch in table.iter_batches(1024):
             for value in batch.to_pylist():
