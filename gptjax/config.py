@@ -97,6 +97,12 @@ class GPTConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # auto: the fastest that is right for the device
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
+    # over rows split on mesh.context. ring: keys and values travel from device to device, memory
+    # and work are split evenly; all_gather: each device has all of them. auto: ring, where
+    # context_size is a multiple of 2 x mesh.context and attention is not cudnn
+    context_attention: Literal["auto", "ring", "all_gather"] = "auto"
+    # between blocks, positions are split over mesh.tensor too: less memory, as many bytes sent
+    split_residual: bool = False
     # of each block, what is kept for the backward pass: all, matrix products, or only its input
     remat: Literal["none", "dots", "full"] = "dots"
     # positions of a row whose logits exist at once; None: as many as 128 MiB a device hold
@@ -921,10 +927,59 @@ def _skip(config: Config, _: int | None) -> Iterator[str]:
         before = (first, last)
 
 
-def _axes_not_built(config: Config, _: int | None) -> Iterator[str]:
-    for axis in ("context",):
-        if (size := getattr(config.mesh, axis)) > 1:
-            yield f"mesh.{axis} = {size}: nothing is split over it yet: give 1, and fsdp or tensor"
+def _stages(config: Config, _: int | None) -> Iterator[str]:
+    model, mesh, tune = config.model, config.mesh, config.tune
+    if mesh.pipe == 1:
+        for name, otherwise in (("rounds", 1), ("microbatches", None)):
+            if (given := getattr(mesh, name)) != otherwise:
+                yield (
+                    f"mesh.{name} = {given}, but mesh.pipe = 1: give mesh.pipe, or mesh.{name} "
+                    f"{otherwise}"
+                )
+        return
+    groups = {"mesh.pipe": mesh.pipe, "mesh.rounds": mesh.rounds}
+    if model.window is not None:
+        groups["model.window_every"] = model.window_every  # a group has whole periods
+    groups = {name: size for name, size in groups.items() if size > 1}
+    each, of = math.prod(groups.values()), "mesh.pipe"
+    if len(groups) > 1:
+        of = " x ".join(f"{name} {size}" for name, size in groups.items())
+    otherwise = ""
+    for name in [name for name in groups if name.startswith("mesh.")]:
+        rest = each // groups[name]
+        if model.num_layers > rest and model.num_layers % rest == 0:
+            nearest = _nearest_divisors(model.num_layers, rest, groups[name])
+            otherwise += f", or {name} {nearest}"
+    yield from _multiple("model.num_layers", model.num_layers, of, each, otherwise)
+    if tune.layers and tune.lora_rank is None:
+        yield from _multiple(
+            "tune.layers", tune.layers, "mesh.pipe", mesh.pipe, ", or another mesh.pipe"
+        )
+
+
+def _positions(config: Config, _: int | None) -> Iterator[str]:
+    model, mesh = config.model, config.mesh
+    size, halves = model.context_size, 2 if model.context_attention == "ring" else 1
+    otherwise = f", or mesh.context {_nearest_divisors(size, halves, mesh.context)}"
+    if halves == 2 and mesh.context > 1:
+        of, least = "2 x mesh.context", 2 * mesh.context
+        otherwise += ", or model.context_attention all_gather"
+    else:
+        of, least = "mesh.context", mesh.context
+    problems = [*_multiple("model.context_size", size, of, least, otherwise)]
+    if model.split_residual and not problems:
+        both = mesh.context * mesh.tensor
+        otherwise = ", another mesh.tensor, or model.split_residual False"
+        of = f"mesh.context {mesh.context} x mesh.tensor {mesh.tensor}"
+        problems += _multiple("model.context_size", size, of, both, otherwise)
+    yield from problems
+
+
+def _nearest_divisors(size: int, halves: int, given: int) -> str:
+    """The numbers next to the given one that divide a size, each with so many parts."""
+    allowed = [n for n in range(1, size + 1) if size % (n * halves) == 0] or [1]
+    below = [n for n in allowed if n <= given][-1:]
+    return " or ".join(str(n) for n in below + [n for n in allowed if n > given][:1])
 
 
 def _split_sizes(config: Config, _: int | None) -> Iterator[str]:
@@ -958,8 +1013,12 @@ def _devices(config: Config, num_devices: int | None) -> Iterator[str]:
             return
         data = num_devices // rest_size
     of = f"mesh.data {data or 1} x mesh.fsdp {mesh.fsdp} x accumulate {config.accumulate}"
-    rows = (data or 1) * mesh.fsdp * config.accumulate
-    yield from _multiple("batch_size", config.batch_size, of, rows, ", or another accumulate")
+    rows, otherwise = (data or 1) * mesh.fsdp * config.accumulate, ", or another accumulate"
+    if mesh.pipe > 1 and mesh.microbatches and config.batch_size % rows == 0:
+        nearest = _nearest_divisors(config.batch_size // rows, 1, mesh.microbatches)
+        of += f" x mesh.microbatches {mesh.microbatches}"
+        rows, otherwise = rows * mesh.microbatches, f", or mesh.microbatches {nearest}"
+    yield from _multiple("batch_size", config.batch_size, of, rows, otherwise)
     across = data if mesh.across == "data" else getattr(mesh, mesh.across)
     if mesh.slices and across:
         name = f"mesh.{mesh.across}"
@@ -985,7 +1044,8 @@ RULES = (
     _mixture_stores,
     _mixture_weights,
     _skip,
-    _axes_not_built,
+    _stages,
+    _positions,
     _split_sizes,
     _devices,
 )

@@ -24,6 +24,8 @@ CHOICES = {
     "initial_scale",
     "compute_dtype",
     "attention",
+    "context_attention",
+    "split_residual",
     "remat",
     "loss_piece",
     "head",

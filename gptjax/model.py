@@ -13,10 +13,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax.attention import UNSEEN, Mask, attend, attend_cache, choose
+from gptjax.attention import (
+    UNSEEN,
+    Mask,
+    attend,
+    attend_cache,
+    choose,
+    choose_across,
+    from_ring,
+    to_ring,
+)
 from gptjax.config import GPTConfig
 from gptjax.data import WORD_BITS, Batch
-from gptjax.sharding import constrain, constrain_fed, gather, stored
+from gptjax.sharding import (
+    constrain,
+    constrain_between,
+    constrain_fed,
+    from_between,
+    gather,
+    parts,
+    stored,
+    to_between,
+)
 
 Params = dict[str, Any]
 
@@ -170,10 +188,11 @@ class Attention(Layer):
             )
         if not config.scale_attention:  # by which every implementation divides
             q_BTNH *= config.sizes["H"] ** 0.5
+        keys = "BTKH" if mask.across else "BSKH"
         q_BTNH, k_BSKH, v_BSKH = (
             constrain(q_BTNH, "BTNH"),
-            constrain(k_BSKH, "BSKH"),
-            constrain(v_BSKH, "BSKH"),
+            constrain(k_BSKH, keys),
+            constrain(v_BSKH, keys),
         )
         if cached:
             y_BTNH = attend_cache(q_BTNH, *cached(k_BSKH, v_BSKH), mask)
@@ -229,20 +248,32 @@ class TransformerBlock(Layer):
             Attention(self.config, name="attention"),
             FeedForward(self.config, name="ffn"),
         )
+        in_ring = mask.across == "ring"
         x_BTD = self.add(
-            x_BTD, lambda x: attention(x, positions_BT, mask, cached), "attention_norm", keys[0]
+            x_BTD,
+            lambda x: attention(x, positions_BT, mask, cached),
+            "attention_norm",
+            keys[0],
+            in_ring,
         )
-        return self.add(x_BTD, ffn, "ffn_norm", keys[1])
+        return self.add(x_BTD, ffn, "ffn_norm", keys[1], in_ring)
 
     def add(
-        self, x_BTD: jax.Array, layer: Callable, norm: str, keys_B: jax.Array | None
+        self, x_BTD: jax.Array, layer: Callable, norm: str, keys_B: jax.Array | None, in_ring: bool
     ) -> jax.Array:
         """The residual stream with what a layer makes of it."""
         config, norm = self.config, Norm(self.config, name=norm)
+
+        def made(x_BTD: jax.Array) -> jax.Array:
+            if config.split_residual:
+                y_BTD = to_between(layer(from_between(x_BTD, "BTD")), "BTD")
+            else:
+                y_BTD = layer(x_BTD)
+            return drop(y_BTD, config.dropout, keys_B, in_ring)
+
         if config.norm_place == "after":
-            y_BTD = constrain(x_BTD + drop(layer(x_BTD), config.dropout, keys_B), "BTD")
-            return norm(y_BTD)
-        return constrain(x_BTD + drop(layer(norm(x_BTD)), config.dropout, keys_B), "BTD")
+            return norm(between(x_BTD + made(x_BTD), config))
+        return between(x_BTD + made(norm(x_BTD)), config)
 
 
 class Embedding(Layer):
@@ -259,7 +290,7 @@ class Embedding(Layer):
         x_BTD = self.weight("tokens", "VD", init)[tokens_BT]
         if self.config.positions == "learned":
             x_BTD += self.weight("positions", "PD", init)[positions_BT]
-        return constrain_fed(drop(x_BTD, self.config.dropout, keys_B), "BTD")
+        return before_blocks(drop(x_BTD, self.config.dropout, keys_B), self.config)
 
 
 class Head(Layer):
@@ -304,14 +335,29 @@ def residual_scale(config: GPTConfig) -> float:
     return (2 * config.num_layers) ** -0.5
 
 
-def drop(x_BTD: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+def between(x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
+    """The residual stream where it lies between blocks."""
+    return (constrain_between if config.split_residual else constrain)(x_BTD, "BTD")
+
+
+def before_blocks(x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
+    """The same before the first block, where every stage of a pipeline has all rows."""
+    return constrain_fed(x_BTD, "BTD", between=config.split_residual)
+
+
+def drop(
+    x_BTD: jax.Array, rate: float, keys_B: jax.Array | None, in_ring: bool = False
+) -> jax.Array:
     """Dropout: each number is 0 with probability `rate`, else divided by 1 - rate. Nothing without
-    keys, of which each row has its own.
+    keys, of which each row has its own. The same ones for positions in the ring's order as for
+    those in their own.
     """
     if keys_B is None or rate == 0:
         return x_BTD
     keep = functools.partial(jax.random.bernoulli, p=1 - rate, shape=x_BTD.shape[1:])
-    return jnp.where(jax.vmap(keep)(keys_B), x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+    kept_BTD = jax.vmap(keep)(keys_B)
+    kept_BTD = to_ring(kept_BTD) if in_ring else kept_BTD
+    return jnp.where(kept_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
 def row_keys(key: jax.Array | None, layer: jax.Array | int, rows_B: jax.Array) -> jax.Array | None:
@@ -579,7 +625,7 @@ def token_losses(
     def piece_losses(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _softmax(_logits(piece[0], unembedding_VD, config), piece[1])[0]
 
-    return _join(jax.lax.map(piece_losses, pieces))
+    return _join(jax.lax.map(piece_losses, pieces), config)
 
 
 def weighted_loss(
@@ -627,7 +673,10 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
     if positions_BT is None:
         start = 0 if cache is None else cache.positions_BS.max(axis=1, keepdims=True) + 1
         positions_BT = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-    mask = Mask(causal=not config.bidirectional)
+    across = None
+    if cache is None:
+        across = choose_across(config.context_attention, config.attention, T, parts("T", T))
+    mask = Mask(causal=not config.bidirectional, across=across)
     if isinstance(params["blocks"], tuple):
         run = unroll_blocks
     if cache is not None:
@@ -669,8 +718,13 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
         positions_BT,
         row_keys(key, config.num_layers, places.rows_B),
     )
+    if across == "ring":  # the blocks have everything in its order
+        x_BTD = before_blocks(to_ring(x_BTD), config)
+        places = Places(places.rows_B, *jax.tree.map(to_ring, places[1:]))
     kept = config if cache is None else replace(config, remat="none")
     x_BTD = run(block, params["blocks"], x_BTD, places, kept)
+    if across == "ring":
+        x_BTD = between(from_ring(x_BTD), config)
     x_BTD, unembedding_VD = Head(config).apply(
         {"params": params["head"]}, x_BTD, params["embedding"]["tokens"]
     )
@@ -806,7 +860,7 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
     pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
     zeros_DV = jnp.zeros(unembedding_VD.shape[::-1], jnp.float32)
     dunembedding_DV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_DV, pieces)
-    return losses.sum(), (_join(dx), dunembedding_DV.T.astype(unembedding_VD.dtype))
+    return losses.sum(), (_join(dx, config), dunembedding_DV.T.astype(unembedding_VD.dtype))
 
 
 def _unembed_loss_backward(
@@ -820,21 +874,31 @@ _unembed_loss.defvjp(_unembed_loss_forward, _unembed_loss_backward)
 
 
 def _pieces(x_BTD: jax.Array, *others_BT: jax.Array, config: GPTConfig) -> tuple[jax.Array, ...]:
-    """Arrays [B, T, ...] cut along T: [pieces, B, T / pieces, ...]."""
+    """Arrays [B, T, ...] cut along T: [pieces, B, T / pieces, ...].
+
+    Of positions that are split over devices, a piece has its share from each, so that none moves.
+    """
     B, T, _ = x_BTD.shape
     mesh = jax.sharding.get_abstract_mesh()
     bytes_at_once = B * config.sizes["V"] * 4 // max(mesh.size, 1)
     size = min(config.loss_piece or max(LOGITS_BYTES // max(bytes_at_once, 1), 1), T)
-    pieces = next(n for n in range(-(-T // size), T + 1) if T % n == 0)
-    return tuple(
-        x.reshape(B, pieces, T // pieces, *x.shape[2:]).swapaxes(0, 1) for x in (x_BTD, *others_BT)
-    )
+    apart = parts("T", T, between=config.split_residual)
+    pieces = next(n for n in range(-(-T // size), T + 1) if T % (n * apart) == 0)
+    return tuple(_cut(x, apart, pieces) for x in (x_BTD, *others_BT))
 
 
-def _join(pieces: jax.Array) -> jax.Array:
+def _cut(x_BT: jax.Array, apart: int, pieces: int) -> jax.Array:
+    B, T, *rest = x_BT.shape
+    x = x_BT.reshape(B, apart, pieces, T // apart // pieces, *rest)
+    return jnp.moveaxis(x, 2, 0).reshape(pieces, B, T // pieces, *rest)
+
+
+def _join(pieces: jax.Array, config: GPTConfig) -> jax.Array:
     """The inverse of `_pieces`, for one array."""
-    n, B, T, *rest = pieces.shape
-    return pieces.swapaxes(0, 1).reshape(B, n * T, *rest)
+    n, B, size, *rest = pieces.shape
+    apart = parts("T", n * size, between=config.split_residual)
+    x = jnp.moveaxis(pieces.reshape(n, B, apart, size // apart, *rest), 0, 2)
+    return x.reshape(B, n * size, *rest)
 
 
 def _resolved(config: GPTConfig) -> GPTConfig:

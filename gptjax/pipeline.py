@@ -34,8 +34,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from gptjax.config import Config, GPTConfig, MeshConfig
-from gptjax.model import Block, Params, Places, remat, scan_blocks
-from gptjax.sharding import constrain, row_shards
+from gptjax.model import Block, Params, Places, between, remat, scan_blocks
+from gptjax.sharding import row_shards
 
 # Primitives that parameters pass on their way from the stack into a product.
 CHEAP = (
@@ -57,7 +57,7 @@ class Schedule(NamedTuple):
 
     @property
     def turn(self) -> int:
-        """Ticks between two rounds of a microbatch: it must have come around, and the others too."""
+        """Ticks between two rounds: a microbatch must have come around, and the others begun."""
         return max(self.stages, self.microbatches)
 
     @property
@@ -83,30 +83,40 @@ class Schedule(NamedTuple):
         )
 
 
-def schedule_of(config: Config, data: int) -> Schedule:
-    """The schedule of a training step on a mesh of so many devices along `data`."""
-    mesh = config.mesh
-    rows = config.batch_size // (data * mesh.fsdp * config.accumulate)
-    return Schedule(mesh.pipe, mesh.rounds, mesh.microbatches or rows)
-
-
 def describe_pipeline(config: Config, data: int) -> str:
-    """The schedule in a line."""
-    plan = schedule_of(config, data)
-    return (
-        f"{plan.stages} stages x {plan.rounds} round{'s' if plan.rounds > 1 else ''}, "
-        f"{plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}, "
-        f"bubble {plan.bubble:.0%}"
+    """The schedule of a training step in a line.
+
+    Args:
+      data: devices along that axis, which a config may leave open.
+    """
+    mesh, num_layers = config.mesh, config.model.num_layers
+    rows = config.batch_size // (data * mesh.fsdp * config.accumulate)
+    plan = Schedule(mesh.pipe, mesh.rounds, mesh.microbatches or rows)
+    per_group = num_layers // (plan.stages * plan.rounds)
+    whole = (
+        ""
+        if rows % plan.stages == 0
+        else (
+            f"; {rows} rows do not divide by {plan.stages} stages, so each computes the whole head"
+        )
     )
+    return (
+        f"{_count(plan.stages, 'stage')} x {_count(plan.rounds, 'round')} of "
+        f"{_count(per_group, 'layer')}, {_count(plan.microbatches, 'microbatch')} of "
+        f"{_count(rows // plan.microbatches, 'row')}, bubble {plan.bubble:.0%}{whole}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{plural if number > 1 else ''}"
 
 
 def stack_of(mesh: MeshConfig) -> Callable:
     """What runs the stack on a mesh, as `run` of `forward` and its like."""
     if mesh.pipe == 1:
         return scan_blocks
-    return functools.partial(
-        pipeline_blocks, rounds=mesh.rounds, microbatches=mesh.microbatches
-    )
+    return functools.partial(pipeline_blocks, rounds=mesh.rounds, microbatches=mesh.microbatches)
 
 
 def pipeline_blocks(
@@ -119,7 +129,7 @@ def pipeline_blocks(
     rounds: int = 1,
     microbatches: int | None = None,
 ) -> jax.Array:
-    """Run the stack as a pipeline on the mesh that is set.
+    """Run the stack as a pipeline on the mesh that is set; as `scan_blocks` if it has one stage.
 
     Of what `config.remat` keeps for the backward pass, "full" keeps the inputs of groups instead of
     those of blocks.
@@ -130,6 +140,8 @@ def pipeline_blocks(
       microbatches: parts of the rows of each device of `data` and `fsdp`; None: one row each.
     """
     shards, stages = row_shards(x_BTD.shape[0]), jax.sharding.get_abstract_mesh().shape["pipe"]
+    if stages == 1:
+        return scan_blocks(block, blocks_L, x_BTD, places, config)
     rows = x_BTD.shape[0] // shards
     plan = Schedule(stages, rounds, microbatches or rows)
     # Parts of them that the stages have in the end; where they do not divide, all have all.
@@ -155,7 +167,7 @@ def pipeline_blocks(
         out_specs=PartitionSpec(None, "pipe") if split > 1 else whole,
         axis_names={"pipe"},
     )(blocks_L, x_PBTD, places)
-    return constrain(y.reshape(x_BTD.shape).astype(x_BTD.dtype), "BTD")
+    return between(y.reshape(x_BTD.shape).astype(x_BTD.dtype), config)
 
 
 def _run_stage(
@@ -182,7 +194,9 @@ def _run_stage(
         stream, came_BTD = carry
         round_, microbatch, _ = plan.at(number - place)
         x_BTD = jnp.where(place == 0, _rows_of(stream, microbatch), came_BTD)
-        mine = jax.tree.map(lambda leaf: _rows_of(_cut(leaf, plan, stream.shape[0]), microbatch), places)
+        mine = jax.tree.map(
+            lambda leaf: _rows_of(_cut(leaf, plan, stream.shape[0]), microbatch), places
+        )
         layer = (round_ * plan.stages + place) * per_group
         y_BTD = run_group(groups, x_BTD, mine, round_, layer)
         came_BTD = jax.lax.ppermute(y_BTD, "pipe", around)

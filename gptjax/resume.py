@@ -167,6 +167,8 @@ FREE = {
     "name",
     "init_from",  # what a run begins with, which it has
     "model.attention",
+    "model.context_attention",
+    "model.split_residual",
     "model.remat",
     "model.loss_piece",
     "data.tokenizer",

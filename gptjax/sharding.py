@@ -1,8 +1,8 @@
-"""The mesh, the two tables that place every tensor on it, and rows on their way to the devices."""
+"""The mesh, the tables that place every tensor on it, and rows on their way to the devices."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,9 @@ from gptjax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "context", "pipe")
 
-# Where the dimension of a letter lies while a tensor is kept, and while it is computed with. These
-# tables are the sharding code. Rows lie on `pipe` only outside the pipeline: within it the axis is
-# taken.
+# Where the dimension of a letter lies while a tensor is kept, while it is computed with, and
+# between blocks if `model.split_residual` says so. These tables are the sharding code. Rows lie on
+# `pipe` only outside the pipeline: within it the axis is taken.
 STORED = {"L": "pipe", "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
 IN_USE = {
     "B": ("data", "fsdp", "pipe"),
@@ -26,6 +26,7 @@ IN_USE = {
     "F": "tensor",
     "V": "tensor",
 }
+BETWEEN = IN_USE | {"T": ("context", "tensor")}
 # Of a batch as a step is given it: every stage of the pipeline needs all rows.
 FED = IN_USE | {"B": ("data", "fsdp")}
 
@@ -91,9 +92,16 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return _place(x, letters, IN_USE)
 
 
-def constrain_fed(x: jax.Array, letters: str) -> jax.Array:
-    """Place a tensor as a batch is fed: rows whole on every stage of a pipeline."""
-    return _place(x, letters, FED)
+def constrain_between(x: jax.Array, letters: str) -> jax.Array:
+    """Place a tensor as it is between blocks."""
+    return _place(x, letters, BETWEEN)
+
+
+def constrain_fed(x: jax.Array, letters: str, *, between: bool = False) -> jax.Array:
+    """Place a tensor as a batch is fed, with all rows on every stage of a pipeline; the other
+    dimensions as in use, or as between blocks.
+    """
+    return _place(x, letters, (BETWEEN if between else IN_USE) | {"B": FED["B"]})
 
 
 def gather(x: jax.Array, letters: str) -> jax.Array:
@@ -102,32 +110,58 @@ def gather(x: jax.Array, letters: str) -> jax.Array:
     Without the second half XLA would bring every gradient to the layout in use, whole on each
     device of the fsdp axis, before it keeps a part of it.
     """
-    return _gather(x, letters)
+    return _move(x, letters, "stored", "in use")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x: jax.Array, letters: str) -> jax.Array:
-    return constrain(x, letters)
+def from_between(x: jax.Array, letters: str) -> jax.Array:
+    """Bring a tensor from how it is between blocks to how it is used, and its gradient back: an
+    all-gather, and a reduce-scatter.
+    """
+    return _move(x, letters, "between", "in use")
 
 
-_gather.defvjp(
-    lambda x, letters: (constrain(x, letters), None),
-    lambda letters, _, gradient: (_place(gradient, letters, STORED),),
+def to_between(x: jax.Array, letters: str) -> jax.Array:
+    """The inverse of `from_between`."""
+    return _move(x, letters, "in use", "between")
+
+
+_TABLES = {"stored": STORED, "in use": IN_USE, "between": BETWEEN}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _move(x: jax.Array, letters: str, here: str, there: str) -> jax.Array:
+    return _place(x, letters, _TABLES[there])
+
+
+_move.defvjp(
+    lambda x, letters, here, there: (_place(x, letters, _TABLES[there]), None),
+    lambda letters, here, there, _, gradient: (_place(gradient, letters, _TABLES[here]),),
 )
 
 
 def _place(x: jax.Array, letters: str, table: dict) -> jax.Array:
-    assert x.ndim == len(letters), (x.shape, letters)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.auto_axes:
+    if not jax.sharding.get_abstract_mesh().auto_axes:
         return x
-    # What does not divide stays whole: a prompt alone on a mesh of eight. For training, the
-    # config's checks refuse it. Inside `jax.shard_map` an axis is its caller's.
-    axes = [
-        _dividing(mesh, _free(mesh, axes), size)
-        for axes, size in zip(spec(letters, table), x.shape, strict=True)
-    ]
+    axes = _dividing(x.shape, letters, table)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def _dividing(shape: tuple[int, ...], letters: str, table: dict) -> list[tuple[str, ...]]:
+    """The axes of the mesh that is set that each dimension lies on.
+
+    As many of them, the first ones, as it divides by: a prompt alone on a mesh of eight stays
+    whole. For training, the config's checks refuse what does not divide. Inside `jax.shard_map` an
+    axis is its caller's.
+    """
+    assert len(shape) == len(letters), (shape, letters)
+    mesh = jax.sharding.get_abstract_mesh()
+    found = []
+    for axes, size in zip(spec(letters, table), shape, strict=True):
+        axes = _free(mesh, axes)
+        while size % _extent(mesh, axes):
+            axes = axes[:-1]
+        found.append(axes)
+    return found
 
 
 def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -139,31 +173,51 @@ def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -
     )
 
 
-def _dividing(
-    mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...], size: int
-) -> tuple[str, ...]:
-    """As many of the axes, the first ones, as a dimension of that size divides by."""
-    while axes and size % _extent(mesh, axes):
-        axes = axes[:-1]
-    return axes
-
-
 def _extent(mesh: jax.sharding.AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def in_use_spec(letters: str) -> PartitionSpec:
-    """The axes that a tensor of these letters is split over while it is computed with, as far as
-    the mesh that is set leaves them to XLA.
+def parts(letter: str, size: int, *, between: bool = False) -> int:
+    """Into how many parts the mesh that is set splits a dimension of this size, in use or between
+    blocks; 1 without a mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return PartitionSpec(*(_free(mesh, axes) for axes in spec(letters, IN_USE)))
+    (axes,) = _dividing((size,), letter, BETWEEN if between else IN_USE)
+    return _extent(mesh, axes)
 
 
 def row_shards(num_rows: int) -> int:
-    """In how many parts rows lie on the axes of `FED`, on the mesh that is set."""
+    """Into how many parts the mesh that is set splits so many rows of a batch as it is fed."""
+    (axes,) = _dividing((num_rows,), "B", FED)
+    return _extent(jax.sharding.get_abstract_mesh(), axes)
+
+
+def by_hand(run: Callable, shape: tuple[int, ...], inputs: str, outputs: str) -> Callable:
+    """A function of the parts that each device has, for what XLA cannot split: a kernel, or
+    messages between devices.
+
+    Args:
+      run: takes and returns a device's parts.
+      shape: of keys, [B, T, K, H]: which of the axes divide.
+      inputs: letters of each of its arguments, apart by spaces; N is split as K is.
+      outputs: letters of its result, or of each of several.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return _extent(mesh, _dividing(mesh, _free(mesh, FED["B"]), num_rows))
+    if not mesh.auto_axes:
+        return run
+    lies = dict(zip("BTKH", _dividing(shape, "BTKH", IN_USE), strict=True))
+    lies["N"] = lies["K"]
+    specs = [
+        [PartitionSpec(*(lies.get(letter) for letter in letters)) for letters in side.split()]
+        for side in (inputs, outputs)
+    ]
+    return jax.shard_map(
+        run,
+        in_specs=tuple(specs[0]),
+        out_specs=tuple(specs[1]) if len(specs[1]) > 1 else specs[1][0],
+        axis_names=set(mesh.auto_axes),
+        check_vma=False,
+    )
 
 
 def stored(mesh: Mesh, letters: str) -> NamedSharding:
@@ -204,14 +258,17 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 def to_devices(mesh: Mesh, local: Any, batch_size: int) -> Any:
     """This process's rows [B/processes, ...] of each array -> global arrays [B, ...], split as
-    rows in use are.
+    rows in use are. Of positions that are split, a process gives its devices only theirs.
     """
+    first = local_rows(mesh, batch_size).start
 
     def put(rows: np.ndarray) -> jax.Array:
-        letters = "BT"[: rows.ndim]
-        return jax.make_array_from_process_local_data(
-            in_use(mesh, letters), rows, (batch_size, *rows.shape[1:])
-        )
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[(slice(start - first, stop - first), *index[1:])]
+
+        sharding = in_use(mesh, "BT"[: rows.ndim])
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
 
     return jax.tree.map(put, local)
 

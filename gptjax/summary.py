@@ -18,6 +18,7 @@ from gptjax.data import (
     Rows,
 )
 from gptjax.model import resolve
+from gptjax.pipeline import describe_pipeline
 from gptjax.tuning import abstract_all, abstract_trained
 
 
@@ -40,10 +41,13 @@ def describe(config: Config, mesh: Mesh, reason: str, data: str) -> str:
         " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         or "one device"
     )
+    pipeline = ""
+    if mesh.shape["pipe"] > 1:
+        pipeline = f"pipeline   {describe_pipeline(config, mesh.shape['data'])}\n"
     return (
         f"model      {num_params:,} parameters{part}, {model.compute_dtype} compute, "
         f"attention {model.attention} ({reason})\n"
-        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
+        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n{pipeline}"
         f"data       {data}"
     )
 

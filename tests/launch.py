@@ -67,21 +67,23 @@ def wait_for_step(folder, run, step, process):
         time.sleep(0.01)
 
 
-def start_processes(folder, run, count, *options, faults=()):
-    """The command in so many processes with a device each; `faults` of the first of them."""
+def start_processes(folder, run, count, *options, devices=1, faults=()):
+    """The command in so many processes with so many devices each; `faults` of the first of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id"]
     faults = [*faults, *[""] * (count - len(faults))]
     return [
-        start(folder, run, *options, *launch, str(i), fault=fault) for i, fault in enumerate(faults)
+        start(folder, run, *options, *launch, str(i), devices=devices, fault=fault)
+        for i, fault in enumerate(faults)
     ]
 
 
-def in_processes(folder, run, count, *options, code=0):
-    """The command in so many processes with a device each, to their end."""
-    return [finish(process, code) for process in start_processes(folder, run, count, *options)]
+def in_processes(folder, run, count, *options, devices=1, code=0):
+    """The command in so many processes with so many devices each, to their end."""
+    processes = start_processes(folder, run, count, *options, devices=devices)
+    return [finish(process, code) for process in processes]
 
 
 def figures(folder, run):

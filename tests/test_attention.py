@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.attention import Mask, _splash, attend, choose
+from gptjax.attention import Mask, attend, choose
+from gptjax.attention.kernels import splash
 from gptjax.config import ConfigError
 
 
@@ -65,7 +66,7 @@ def test_splash_interpreted_is_the_plain_one(window, packed):
     mask = Mask(window=window, segments_BT=segments(128) if packed else None)
     q, k, v, _ = inputs(128, K=2, H=64)
     plain = attend(q, k, v, mask, implementation="xla")
-    np.testing.assert_allclose(_splash(q, k, v, mask, interpret=True), plain, atol=2e-5)
+    np.testing.assert_allclose(splash(q, k, v, mask, interpret=True), plain, atol=2e-5)
 
 
 def test_no_scores_of_all_positions_exist_in_blockwise():
@@ -77,16 +78,16 @@ def test_no_scores_of_all_positions_exist_in_blockwise():
             with_gradients, functools.partial(attend, mask=Mask(), implementation="blockwise")
         )
         jaxpr = jax.make_jaxpr(run)(q, k, v, out)
-        return max(v.aval.size for eqn in _equations(jaxpr.jaxpr) for v in eqn.outvars)
+        return max(v.aval.size for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars)
 
     assert largest(2048) <= 2048 * 2048 / 8
 
 
-def _equations(jaxpr):
+def equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from _equations(inner)
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize(
