@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from gptjax.attention import choose_across
 from gptjax.config import Config, to_json
 from gptjax.data import (
     Exclusion,
@@ -41,6 +42,9 @@ def describe(config: Config, mesh: Mesh, reason: str, data: str) -> str:
         " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
         or "one device"
     )
+    split = mesh.shape["context"]
+    if across := choose_across(model.context_attention, model.attention, model.context_size, split):
+        reason += f"; {across} over context"
     pipeline = ""
     if mesh.shape["pipe"] > 1:
         pipeline = f"pipeline   {describe_pipeline(config, mesh.shape['data'])}\n"

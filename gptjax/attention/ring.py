@@ -2,8 +2,8 @@
 
 Of n devices, device d has two halves of 1 / 2n of the row each: the d-th from the beginning and the
 d-th from the end. So under a causal mask all have the same work, whichever keys are with them. Each
-visit of a device's keys and values to another one gives an output and the logarithm of its softmax's
-sum, which are put together as they come (Liu et al. 2023, "Ring Attention with Blockwise
+visit of a device's keys and values to another one gives an output and the logarithm of its sum of
+exponentials, which are put together as they come (Liu et al. 2023, "Ring Attention with Blockwise
 Transformers"); in the backward pass their gradients travel along. Which half sees which, and which
 visits nothing comes of, is known before the program runs.
 """
