@@ -16,6 +16,7 @@ from gptjax.data import Batch
 from gptjax.guard import Recent, judge, no_recent
 from gptjax.model import Params, resolve, weighted_loss
 from gptjax.optim import learning_rate, make_optimizer
+from gptjax.pipeline import stack_of
 from gptjax.sharding import constrain_stored, in_use, replicated
 from gptjax.tuning import (
     abstract_all,
@@ -148,6 +149,7 @@ def loss_and_grads(
             part[0],
             config.model,
             key=key,
+            run=stack_of(config.mesh),
             smoothing=task.label_smoothing,
             lm_weights_BT=part[1],
         )
