@@ -16,6 +16,7 @@ from gptjax.data import Batch
 from gptjax.guard import Recent, judge, no_recent
 from gptjax.model import Params, resolve, weighted_loss
 from gptjax.optim import learning_rate, make_optimizer
+from gptjax.pipeline import stack_of
 from gptjax.sharding import constrain_stored, in_use, replicated
 from gptjax.tuning import (
     abstract_all,
@@ -148,6 +149,7 @@ def loss_and_grads(
             part[0],
             config.model,
             key=key,
+            run=stack_of(config.mesh),
             smoothing=task.label_smoothing,
             lm_weights_BT=part[1],
         )
@@ -210,10 +212,8 @@ def jit_train_step(
     )
 
 
-def compile_train_step(
-    config: Config, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The step that `jit_train_step` returns, compiled before there is a state or a batch."""
+def trace_train_step(config: Config, mesh: Mesh) -> jax.stages.Traced:
+    """The step that `jit_train_step` returns, traced before there is a state or a batch."""
     sharding = in_use(mesh, "BT")
     shape = (config.batch_size, config.model.context_size)
     batch = Batch(
@@ -224,4 +224,11 @@ def compile_train_step(
             for name in Batch._fields
         ]
     )
-    return jit_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()
+    return jit_train_step(config, mesh).trace(abstract_state(config, mesh), batch)
+
+
+def compile_train_step(
+    config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """The step that `jit_train_step` returns, compiled before there is a state or a batch."""
+    return trace_train_step(config, mesh).lower().compile()
