@@ -195,6 +195,10 @@ def test_network():
     assert bandwidth(across, hosts) == pytest.approx(CHIPS["h100"].outside)
     assert seconds("all-gather", 8e9, inside, hosts) == pytest.approx(7e9 / CHIPS["h100"].link)
     assert seconds("all-reduce", 8e9, inside, hosts) == pytest.approx(14e9 / CHIPS["h100"].link)
+    # Two of each host, which share what comes in for both.
+    mesh = MeshConfig(fsdp=16, tensor=4)
+    two = group_along(arrange(hosts, mesh), ["fsdp"], mesh_axes(mesh, 64))
+    assert bandwidth(two, hosts) == pytest.approx(2 * CHIPS["h100"].outside * (15 / 16) / (7 / 8))
     # Two slices: only what crosses between them is slow.
     two = parse_topology("v5e:4x4", 2)
     grid = arrange(two, MeshConfig(data=2, fsdp=16, slices=2))
