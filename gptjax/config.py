@@ -336,7 +336,12 @@ class MeshConfig:
     fsdp: Count = 1  # rows as data; parameters and optimizer state split by width
     tensor: Count = 1  # heads, feed-forward and vocabulary split
     context: Count = 1  # positions of a row split
-    pipe: Count = 1  # layers split into stages
+    pipe: Count = 1  # layers split into stages of a pipeline
+    # groups of layers that each stage of a pipeline has: more make the time shorter in which a
+    # stage has no work, and the traffic between stages larger
+    rounds: Count = 1
+    # parts of the rows of a device that follow each other through the stages; None: one row each
+    microbatches: Count | None = None
     # groups of devices joined by a slower network; None: as the hardware says
     slices: Count | None = None
     across: Literal["data", "fsdp", "pipe"] = "data"  # the axis that crosses that network
@@ -922,11 +927,33 @@ def _skip(config: Config, _: int | None) -> Iterator[str]:
         before = (first, last)
 
 
-def _axes_not_built(config: Config, _: int | None) -> Iterator[str]:
-    if config.mesh.pipe > 1:
-        yield (
-            f"mesh.pipe = {config.mesh.pipe}: nothing is split over it yet: give 1, and fsdp or "
-            "tensor"
+def _stages(config: Config, _: int | None) -> Iterator[str]:
+    model, mesh, tune = config.model, config.mesh, config.tune
+    if mesh.pipe == 1:
+        for name, otherwise in (("rounds", 1), ("microbatches", None)):
+            if (given := getattr(mesh, name)) != otherwise:
+                yield (
+                    f"mesh.{name} = {given}, but mesh.pipe = 1: give mesh.pipe, or mesh.{name} "
+                    f"{otherwise}"
+                )
+        return
+    groups = {"mesh.pipe": mesh.pipe, "mesh.rounds": mesh.rounds}
+    if model.window is not None:
+        groups["model.window_every"] = model.window_every  # a group has whole periods
+    groups = {name: size for name, size in groups.items() if size > 1}
+    each, of = math.prod(groups.values()), "mesh.pipe"
+    if len(groups) > 1:
+        of = " x ".join(f"{name} {size}" for name, size in groups.items())
+    otherwise = ""
+    for name in [name for name in groups if name.startswith("mesh.")]:
+        rest = each // groups[name]
+        if model.num_layers > rest and model.num_layers % rest == 0:
+            nearest = _nearest_divisors(model.num_layers, rest, groups[name])
+            otherwise += f", or {name} {nearest}"
+    yield from _multiple("model.num_layers", model.num_layers, of, each, otherwise)
+    if tune.layers and tune.lora_rank is None:
+        yield from _multiple(
+            "tune.layers", tune.layers, "mesh.pipe", mesh.pipe, ", or another mesh.pipe"
         )
 
 
@@ -949,7 +976,7 @@ def _positions(config: Config, _: int | None) -> Iterator[str]:
 
 
 def _nearest_divisors(size: int, halves: int, given: int) -> str:
-    """The numbers of devices next to the given one that divide a row, each with so many parts."""
+    """The numbers next to the given one that divide a size, each with so many parts."""
     allowed = [n for n in range(1, size + 1) if size % (n * halves) == 0] or [1]
     below = [n for n in allowed if n <= given][-1:]
     return " or ".join(str(n) for n in below + [n for n in allowed if n > given][:1])
@@ -986,8 +1013,12 @@ def _devices(config: Config, num_devices: int | None) -> Iterator[str]:
             return
         data = num_devices // rest_size
     of = f"mesh.data {data or 1} x mesh.fsdp {mesh.fsdp} x accumulate {config.accumulate}"
-    rows = (data or 1) * mesh.fsdp * config.accumulate
-    yield from _multiple("batch_size", config.batch_size, of, rows, ", or another accumulate")
+    rows, otherwise = (data or 1) * mesh.fsdp * config.accumulate, ", or another accumulate"
+    if mesh.pipe > 1 and mesh.microbatches and config.batch_size % rows == 0:
+        nearest = _nearest_divisors(config.batch_size // rows, 1, mesh.microbatches)
+        of += f" x mesh.microbatches {mesh.microbatches}"
+        rows, otherwise = rows * mesh.microbatches, f", or mesh.microbatches {nearest}"
+    yield from _multiple("batch_size", config.batch_size, of, rows, otherwise)
     across = data if mesh.across == "data" else getattr(mesh, mesh.across)
     if mesh.slices and across:
         name = f"mesh.{mesh.across}"
@@ -1013,7 +1044,7 @@ RULES = (
     _mixture_stores,
     _mixture_weights,
     _skip,
-    _axes_not_built,
+    _stages,
     _positions,
     _split_sizes,
     _devices,

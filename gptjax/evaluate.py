@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config, GPTConfig
 from gptjax.data import Batch, Passage, Rows, prefetch
 from gptjax.model import Params, resolve, token_losses
+from gptjax.pipeline import stack_of
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 from gptjax.tuning import abstract_all, merged
 
@@ -33,7 +34,9 @@ def jit_eval_step(
 
     def step(params: Params, batch: Batch) -> jax.Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            losses_BT = token_losses(merged(params, config), batch, model)
+            losses_BT = token_losses(
+                merged(params, config), batch, model, run=stack_of(config.mesh)
+            )
         bytes_BT = jnp.asarray(bytes_per_token)[batch.targets_BT]
         return jnp.stack(
             [(batch.weights_BT * x).sum() for x in (losses_BT, jnp.ones_like(losses_BT), bytes_BT)]

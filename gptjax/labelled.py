@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from gptjax.config import Config, ConfigError
 from gptjax.data import Batch, prefetch
 from gptjax.model import Params, forward, label_losses, resolve
+from gptjax.pipeline import stack_of
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 from gptjax.tasks import ExampleRows, Prediction, Problems, Task, encode_examples, make_task
 from gptjax.tasks.entities import Tagged
@@ -174,6 +175,7 @@ def jit_label_step(config: Config, mesh: Mesh) -> Callable[[Params, Batch], tupl
                 model,
                 positions_BT=batch.positions_BT,
                 segments_BT=batch.segments_BT,
+                run=stack_of(config.mesh),
             )
             losses_BT = label_losses(logits_BTC, batch, model)
         sums = [(batch.weights_BT * losses_BT).sum(), batch.weights_BT.sum()]

@@ -28,6 +28,7 @@ from gptjax.data import WORD_BITS, Batch
 from gptjax.sharding import (
     constrain,
     constrain_between,
+    constrain_fed,
     constrain_stored,
     from_between,
     gather,
@@ -37,11 +38,23 @@ from gptjax.sharding import (
 )
 
 Params = dict[str, Any]
-Block = Callable[[Params, jax.Array, jax.Array, int | None], jax.Array]
 
 # Bytes of float32 logits that may exist at once on a device, when the config does not say how many
 # positions.
 LOGITS_BYTES = 128 * 2**20
+
+
+class Places(NamedTuple):
+    """What a block is told of the tokens of its rows: a pipeline gives it some rows at a time."""
+
+    rows_B: jax.Array  # of the batch: dropout of a row is the same whatever rows are beside it
+    positions_BT: jax.Array  # of each token in its document
+    segments_BT: jax.Array | None  # document of each token; None: a row is one
+
+
+# Takes the parameters of a layer, x_BTD, what there is to know of its rows, the layer's index and
+# its window; returns x_BTD.
+Block = Callable[[Params, jax.Array, Places, jax.Array | int, int | None], jax.Array]
 
 
 class KVCache(NamedTuple):
@@ -228,10 +241,10 @@ class TransformerBlock(Layer):
         positions_BT: jax.Array,
         mask: Mask,
         cached: Callable | None = None,
-        key: jax.Array | None = None,
+        keys_B: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, D] -> [B, T, D]. A key means training: without one nothing is dropped."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        """[B, T, D] -> [B, T, D]. Keys mean training: without any nothing is dropped."""
+        keys = (None, None) if keys_B is None else jax.vmap(jax.random.split, out_axes=1)(keys_B)
         attention, ffn = (
             Attention(self.config, name="attention"),
             FeedForward(self.config, name="ffn"),
@@ -247,7 +260,7 @@ class TransformerBlock(Layer):
         return self.add(x_BTD, ffn, "ffn_norm", keys[1], in_ring)
 
     def add(
-        self, x_BTD: jax.Array, layer: Callable, norm: str, key: jax.Array | None, in_ring: bool
+        self, x_BTD: jax.Array, layer: Callable, norm: str, keys_B: jax.Array | None, in_ring: bool
     ) -> jax.Array:
         """The residual stream with what a layer makes of it."""
         config, norm = self.config, Norm(self.config, name=norm)
@@ -257,7 +270,7 @@ class TransformerBlock(Layer):
                 y_BTD = to_between(layer(from_between(x_BTD, "BTD")), "BTD")
             else:
                 y_BTD = layer(x_BTD)
-            return drop(y_BTD, config.dropout, key, in_ring)
+            return drop(y_BTD, config.dropout, keys_B, in_ring)
 
         if config.norm_place == "after":
             return norm(between(x_BTD + made(x_BTD), config))
@@ -269,7 +282,7 @@ class Embedding(Layer):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, key: jax.Array | None = None
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None = None
     ) -> jax.Array:
         """[B, T] ids and positions -> [B, T, D]. Positions beyond the table are the caller's
         mistake: see `forward`.
@@ -278,7 +291,7 @@ class Embedding(Layer):
         x_BTD = self.weight("tokens", "VD", init)[tokens_BT]
         if self.config.positions == "learned":
             x_BTD += self.weight("positions", "PD", init)[positions_BT]
-        return between(drop(x_BTD, self.config.dropout, key), self.config)
+        return before_blocks(drop(x_BTD, self.config.dropout, keys_B), self.config)
 
 
 class Head(Layer):
@@ -328,15 +341,31 @@ def between(x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
     return (constrain_between if config.split_residual else constrain)(x_BTD, "BTD")
 
 
-def drop(x_BTD: jax.Array, rate: float, key: jax.Array | None, in_ring: bool = False) -> jax.Array:
+def before_blocks(x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
+    """The same before the first block, where every stage of a pipeline has all rows."""
+    return constrain_fed(x_BTD, "BTD", between=config.split_residual)
+
+
+def drop(
+    x_BTD: jax.Array, rate: float, keys_B: jax.Array | None, in_ring: bool = False
+) -> jax.Array:
     """Dropout: each number is 0 with probability `rate`, else divided by 1 - rate. Nothing without
-    a key. The same ones for positions in the ring's order as for those in their own.
+    keys, of which each row has its own. The same ones for positions in the ring's order as for
+    those in their own.
     """
-    if key is None or rate == 0:
+    if keys_B is None or rate == 0:
         return x_BTD
-    kept_BTD = jax.random.bernoulli(key, 1 - rate, x_BTD.shape)
+    keep = functools.partial(jax.random.bernoulli, p=1 - rate, shape=x_BTD.shape[1:])
+    kept_BTD = jax.vmap(keep)(keys_B)
     kept_BTD = to_ring(kept_BTD) if in_ring else kept_BTD
     return jnp.where(kept_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+
+
+def row_keys(key: jax.Array | None, layer: jax.Array | int, rows_B: jax.Array) -> jax.Array | None:
+    """The key of each row for the dropout of a layer; of the embedding after the last one."""
+    if key is None:
+        return None
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, layer)))(rows_B)
 
 
 def rotate(
@@ -385,24 +414,30 @@ def init_params(config: GPTConfig, key: jax.Array) -> Params:
 
 def param_letters(config: GPTConfig) -> Any:
     """The tree of parameters with each leaf's letters in its place, such as "LDNH"."""
-    boxed = jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: "".join(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
-    )
+    return jax.tree.map(lambda box: "".join(box.names), _abstract_boxes(config), is_leaf=_is_box)
 
 
 def abstract_params(config: GPTConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters as they are stored on a mesh; nothing is
     allocated.
     """
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     return jax.tree.map(
-        lambda shape, letters: jax.ShapeDtypeStruct(
-            shape.shape, shape.dtype, sharding=stored(mesh, letters)
+        lambda box: jax.ShapeDtypeStruct(
+            box.value.shape, box.value.dtype, sharding=stored(mesh, "".join(box.names))
         ),
-        shapes,
-        param_letters(config),
+        _abstract_boxes(config),
+        is_leaf=_is_box,
     )
+
+
+@functools.cache  # a run asks for it again and again, and tracing takes long
+def _abstract_boxes(config: GPTConfig) -> Any:
+    """Shapes and dtypes in the boxes of all parameters."""
+    return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nn.Partitioned)
 
 
 def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
@@ -418,11 +453,7 @@ def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
 
     embedding = Embedding(config).init(embedding_key, ids_BT, ids_BT)["params"]
     blocks = jax.vmap(one_block)(jax.random.split(blocks_key, config.num_layers))
-    blocks = jax.tree.map(
-        lambda box: box.replace(names=("L", *box.names)),
-        blocks,
-        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )
+    blocks = jax.tree.map(lambda box: box.replace(names=("L", *box.names)), blocks, is_leaf=_is_box)
     unembedding_VD = jnp.zeros((config.sizes["V"], config.width))
     # A head without a norm whose unembedding is the embedding has no parameters.
     head = ({"params": {}} | Head(config).init(head_key, x_BTD, unembedding_VD))["params"]
@@ -434,18 +465,27 @@ def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
 # --- the stack -----------------------------------------------------------------------------------
 
 
-def scan_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
-    """Run the stack as one compiled block in a loop, keeping for the backward pass what
+def scan_blocks(
+    block: Block,
+    blocks_L: Params,
+    x_BTD: jax.Array,
+    places: Places,
+    config: GPTConfig,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """Run layers as one compiled block in a loop, keeping for the backward pass what
     `config.remat` says.
 
     Args:
-      block: takes the parameters of a layer, x_BTD, the layer's index and its window; returns
-        x_BTD.
-      blocks_L: parameters of all layers, stacked on L.
+      block: one layer.
+      blocks_L: parameters of the layers, stacked on L.
       x_BTD: the embedded tokens.
+      places: of these.
       config: the model. Layers whose windows differ are unrolled within a turn of the loop.
+      first: index in the whole stack of the first of the layers; a multiple of the windows' period.
     """
-    windows, layers = config.windows, (blocks_L, jnp.arange(config.num_layers))
+    num_layers = jax.tree.leaves(blocks_L)[0].shape[0]
+    windows, layers = config.windows, (blocks_L, first + jnp.arange(num_layers))
     period = len(windows)
     if period > 1:
         layers = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), layers)
@@ -455,7 +495,7 @@ def scan_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTCon
             # What the backward pass keeps of the parameters is then the stack itself, not a copy.
             def layer(layers, x_BTD, i=i, window=window):
                 params, index = layers if period == 1 else jax.tree.map(lambda x: x[i], layers)
-                return block(params, x_BTD, index, window=window)
+                return block(params, x_BTD, places, index, window=window)
 
             x_BTD = remat(layer, config.remat)(layers, x_BTD)
         return x_BTD, None
@@ -463,7 +503,9 @@ def scan_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTCon
     return jax.lax.scan(turn, x_BTD, layers)[0]
 
 
-def unroll_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTConfig) -> jax.Array:
+def unroll_blocks(
+    block: Block, blocks_L: Params, x_BTD: jax.Array, places: Places, config: GPTConfig
+) -> jax.Array:
     """Run the stack layer after layer, each compiled for itself: for a cache, and for looking
     inside. The parameters may also be a tuple of those of each layer.
     """
@@ -471,7 +513,8 @@ def unroll_blocks(block: Block, blocks_L: Params, x_BTD: jax.Array, config: GPTC
     for index in range(config.num_layers):
         window = config.windows[index % len(config.windows)]
         params = blocks_L[index] if apart else jax.tree.map(lambda x, i=index: x[i], blocks_L)
-        x_BTD = remat(functools.partial(block, window=window), config.remat)(params, x_BTD, index)
+        layer = remat(functools.partial(block, window=window), config.remat)
+        x_BTD = layer(params, x_BTD, places, index)
     return x_BTD
 
 
@@ -539,7 +582,8 @@ def forward(
       cache: keys and values of the tokens before these, as `init_cache` and earlier calls return
         it.
       key: for dropout; without it nothing is dropped.
-      run: who runs the stack; a cache always unrolls it.
+      run: who runs the stack: `scan_blocks`, `unroll_blocks` or a pipeline; a cache always
+        unrolls it.
       only: the one index of T whose logits are wanted, as when a prompt is read; None: all.
     Returns:
       logits_BTV, float32, V = vocab_size (T is 1 with `only`), or logits_BTC of labels; and the
@@ -635,7 +679,7 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
     across = None
     if cache is None:
         across = choose_across(config.context_attention, config.attention, T, parts("T", T))
-    mask = Mask(segments_BT=segments_BT, causal=not config.bidirectional, across=across)
+    mask = Mask(causal=not config.bidirectional, across=across)
     if isinstance(params["blocks"], tuple):
         run = unroll_blocks
     if cache is not None:
@@ -646,10 +690,14 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
         mask = Mask(positions_BT=positions_BT, positions_BS=cache.positions_BS)
         positions_BT = jnp.maximum(positions_BT, 0)
         run = unroll_blocks
-    keys, values = [], []
+    keys, values, places = [], [], Places(jnp.arange(B), positions_BT, segments_BT)
 
     def block(
-        layer: Params, x_BTD: jax.Array, index: jax.Array | int, window: int | None
+        layer: Params,
+        x_BTD: jax.Array,
+        places: Places,
+        index: jax.Array | int,
+        window: int | None,
     ) -> jax.Array:
         def cached(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
             for new, old, kept in ((k_BTKH, cache.k_LBKSH, keys), (v_BTKH, cache.v_LBKSH, values)):
@@ -658,26 +706,26 @@ def _hidden(params, tokens_BT, config, positions_BT, segments_BT, cache, key, ru
                 kept.append(constrain(all_BKSH, "BKSH"))
             return keys[-1], values[-1]
 
-        layer_key = None if key is None else jax.random.fold_in(key, index)
         return TransformerBlock(config).apply(
             {"params": layer},
             x_BTD,
-            positions_BT,
-            replace(mask, window=window),
+            places.positions_BT,
+            replace(mask, window=window, segments_BT=places.segments_BT),
             cached if cache else None,
-            layer_key,
+            row_keys(key, index, places.rows_B),
         )
 
-    embedding_key = None if key is None else jax.random.fold_in(key, config.num_layers)
     x_BTD = Embedding(config).apply(
-        {"params": params["embedding"]}, tokens_BT, positions_BT, embedding_key
+        {"params": params["embedding"]},
+        tokens_BT,
+        positions_BT,
+        row_keys(key, config.num_layers, places.rows_B),
     )
     if across == "ring":  # the blocks have everything in its order
-        x_BTD, positions_BT = between(to_ring(x_BTD), config), to_ring(positions_BT)
-        mask = replace(mask, segments_BT=None if segments_BT is None else to_ring(segments_BT))
-    x_BTD = run(
-        block, params["blocks"], x_BTD, config if cache is None else replace(config, remat="none")
-    )
+        x_BTD = before_blocks(to_ring(x_BTD), config)
+        places = Places(places.rows_B, *jax.tree.map(to_ring, places[1:]))
+    kept = config if cache is None else replace(config, remat="none")
+    x_BTD = run(block, params["blocks"], x_BTD, places, kept)
     if across == "ring":
         x_BTD = between(from_ring(x_BTD), config)
     x_BTD, unembedding_VD = Head(config).apply(

@@ -15,10 +15,11 @@ from gptjax.config import ConfigError, MeshConfig
 AXES = ("data", "fsdp", "tensor", "context", "pipe")
 
 # Where the dimension of a letter lies while a tensor is kept, while it is computed with, and
-# between blocks if `model.split_residual` says so. These tables are the sharding code.
+# between blocks if `model.split_residual` says so. These tables are the sharding code. Rows lie on
+# `pipe` only outside the pipeline: within it the axis is taken.
 STORED = {"L": "pipe", "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
 IN_USE = {
-    "B": ("data", "fsdp"),
+    "B": ("data", "fsdp", "pipe"),
     "T": "context",
     "N": "tensor",
     "K": "tensor",
@@ -26,6 +27,8 @@ IN_USE = {
     "V": "tensor",
 }
 BETWEEN = IN_USE | {"T": ("context", "tensor")}
+# Of a batch as a step is given it: every stage of the pipeline needs all rows.
+FED = IN_USE | {"B": ("data", "fsdp")}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -94,6 +97,13 @@ def constrain_between(x: jax.Array, letters: str) -> jax.Array:
     return _place(x, letters, BETWEEN)
 
 
+def constrain_fed(x: jax.Array, letters: str, *, between: bool = False) -> jax.Array:
+    """Place a tensor as a batch is fed, with all rows on every stage of a pipeline; the other
+    dimensions as in use, or as between blocks.
+    """
+    return _place(x, letters, (BETWEEN if between else IN_USE) | {"B": FED["B"]})
+
+
 def gather(x: jax.Array, letters: str) -> jax.Array:
     """Bring a parameter from how it is stored to how it is used; its gradient goes the other way.
 
@@ -139,16 +149,19 @@ def _place(x: jax.Array, letters: str, table: dict) -> jax.Array:
 def _dividing(shape: tuple[int, ...], letters: str, table: dict) -> list[tuple[str, ...]]:
     """The axes of the mesh that is set that each dimension lies on.
 
-    What does not divide stays whole: a prompt alone on a mesh of eight. For training, the config's
-    checks refuse it. Inside `jax.shard_map` an axis is its caller's.
+    As many of them, the first ones, as it divides by: a prompt alone on a mesh of eight stays
+    whole. For training, the config's checks refuse what does not divide. Inside `jax.shard_map` an
+    axis is its caller's.
     """
     assert len(shape) == len(letters), (shape, letters)
     mesh = jax.sharding.get_abstract_mesh()
-    axes = [_free(mesh, axis) for axis in spec(letters, table)]
-    return [
-        axis if size % _extent(mesh, axis) == 0 else ()
-        for axis, size in zip(axes, shape, strict=True)
-    ]
+    found = []
+    for axes, size in zip(spec(letters, table), shape, strict=True):
+        axes = _free(mesh, axes)
+        while size % _extent(mesh, axes):
+            axes = axes[:-1]
+        found.append(axes)
+    return found
 
 
 def _free(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -171,6 +184,12 @@ def parts(letter: str, size: int, *, between: bool = False) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     (axes,) = _dividing((size,), letter, BETWEEN if between else IN_USE)
     return _extent(mesh, axes)
+
+
+def row_shards(num_rows: int) -> int:
+    """Into how many parts the mesh that is set splits so many rows of a batch as it is fed."""
+    (axes,) = _dividing((num_rows,), "B", FED)
+    return _extent(jax.sharding.get_abstract_mesh(), axes)
 
 
 def by_hand(run: Callable, shape: tuple[int, ...], inputs: str, outputs: str) -> Callable:
@@ -212,8 +231,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def in_use(mesh: Mesh, letters: str) -> NamedSharding:
-    """Where a tensor of these letters is while it is computed with."""
-    return NamedSharding(mesh, spec(letters, IN_USE))
+    """Where an array of a batch is while it is computed with."""
+    return NamedSharding(mesh, spec(letters, FED))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

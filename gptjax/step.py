@@ -16,6 +16,7 @@ from gptjax.data import Batch
 from gptjax.guard import Recent, judge, no_recent
 from gptjax.model import Params, resolve, weighted_loss
 from gptjax.optim import learning_rate, make_optimizer
+from gptjax.pipeline import stack_of
 from gptjax.sharding import constrain_stored, in_use, replicated
 from gptjax.tuning import (
     abstract_all,
@@ -41,7 +42,11 @@ class TrainState(NamedTuple):
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    params = init_all(config, key)
+    return _state_of(init_all(config, key), config)
+
+
+def _state_of(params: Params, config: Config) -> TrainState:
+    """The state of a run that begins with these parameters."""
     optimizer = make_optimizer(config.optimizer, trained_letters(config))
     opt_state = optimizer.init(trained(params, config))
     zero = jnp.zeros((), jnp.int32)
@@ -54,8 +59,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     Moments, which only parameters that are trained have, lie as these do; everything else is on
     every device.
     """
-    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
     params = abstract_all(config, mesh)
+    shapes = jax.eval_shape(functools.partial(_state_of, config=config), params)
     everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
     placed = {jax.tree.structure(tree): tree for tree in (params, abstract_trained(params, config))}
 
@@ -144,6 +149,7 @@ def loss_and_grads(
             part[0],
             config.model,
             key=key,
+            run=stack_of(config.mesh),
             smoothing=task.label_smoothing,
             lm_weights_BT=part[1],
         )

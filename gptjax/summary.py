@@ -19,6 +19,7 @@ from gptjax.data import (
     Rows,
 )
 from gptjax.model import resolve
+from gptjax.pipeline import describe_pipeline
 from gptjax.tuning import abstract_all, abstract_trained
 
 # What one would do with a run of each kind of task, if not ask it about the examples of a file.
@@ -47,10 +48,13 @@ def describe(config: Config, mesh: Mesh, reason: str, data: str) -> str:
     split = mesh.shape["context"]
     if across := choose_across(model.context_attention, model.attention, model.context_size, split):
         reason += f"; {across} over context"
+    pipeline = ""
+    if mesh.shape["pipe"] > 1:
+        pipeline = f"pipeline   {describe_pipeline(config, mesh.shape['data'])}\n"
     return (
         f"model      {num_params:,} parameters{part}, {model.compute_dtype} compute, "
         f"attention {model.attention} ({reason})\n"
-        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n"
+        f"mesh       {axes}: {mesh.size} x {device.device_kind}\n{pipeline}"
         f"data       {data}"
     )
 

@@ -210,7 +210,33 @@ CONFLICTS = [  # what is changed, and words that the violation must have
         {"mesh__context": 32, "mesh__tensor": 64, "model__split_residual": True},
         "not a multiple of mesh.context 32 x mesh.tensor 64 = 2048",
     ),
-    ({"mesh__pipe": 2}, "mesh.pipe = 2: nothing is split over it yet"),
+    (
+        {"mesh__pipe": 5},
+        "model.num_layers = 12 is not a multiple of mesh.pipe = 5 (remainder 2): give "
+        "model.num_layers 10 or 15, or mesh.pipe 4 or 6",
+    ),
+    (
+        {
+            "mesh__pipe": 4,
+            "mesh__rounds": 2,
+            "model__window": 8,
+            "model__window_every": 2,
+        },
+        "is not a multiple of mesh.pipe 4 x mesh.rounds 2 x model.window_every 2 = 16 (remainder "
+        "12): give model.num_layers 16, or mesh.pipe 3",
+    ),
+    (
+        {"mesh__pipe": 3, "mesh__rounds": 3},
+        "model.num_layers 9 or 18, or mesh.pipe 2 or 4, or mesh.rounds 2 or 4",
+    ),
+    ({"mesh__rounds": 2}, "mesh.rounds = 2, but mesh.pipe = 1: give mesh.pipe, or mesh.rounds 1"),
+    ({"mesh__microbatches": 2}, "mesh.microbatches = 2, but mesh.pipe = 1: give mesh.pipe, or"),
+    ({"mesh__pipe": 3, "tune__layers": 4}, "tune.layers = 4 is not a multiple of mesh.pipe = 3"),
+    (
+        {"mesh__pipe": 2, "mesh__microbatches": 3, "mesh__data": 2},
+        "batch_size = 8 is not a multiple of mesh.data 2 x mesh.fsdp 1 x accumulate 1 x "
+        "mesh.microbatches 3 = 6 (remainder 2): give batch_size 6 or 12, or mesh.microbatches 2 or",
+    ),
     ({"mesh__fsdp": 5}, "model.width = 768 is not a multiple of mesh.fsdp = 5"),
     ({"mesh__tensor": 5}, "model.num_heads = 12 is not a multiple of mesh.tensor = 5"),
     ({"mesh__tensor": 128}, "give model.vocab_multiple 128, or another mesh.tensor"),
@@ -290,7 +316,13 @@ def test_meshes_that_the_devices_do_not_make(mesh, num_devices, words):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)]
+    "mesh",
+    [
+        MeshConfig(),
+        MeshConfig(fsdp=8),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(pipe=2, rounds=3, microbatches=2),
+    ],
 )
 def test_meshes_that_they_make(mesh):
     assert violations(changed(mesh=mesh), 8) == []
@@ -328,7 +360,7 @@ def test_values_that_are_not_of_their_kind(name, value):
 
 def test_whatever_is_wrong_is_said_at_once():
     config = changed(
-        steps=0, batch_size=3, accumulate=2, model__width=100, model__remat="ful", mesh__pipe=2
+        steps=0, batch_size=3, accumulate=2, model__width=100, model__remat="ful", mesh__rounds=2
     )
     found = violations(config)
     starts = (
@@ -336,7 +368,7 @@ def test_whatever_is_wrong_is_said_at_once():
         "batch_size = 3",
         "model.width = 100",
         "model.remat = 'ful'",
-        "mesh.pipe",
+        "mesh.rounds",
     )
     assert len(found) == len(starts)
     for start in starts:

@@ -24,6 +24,7 @@ from gptjax.config import (
 )
 from gptjax.metrics import flops_per_token
 from gptjax.plan import plan
+from gptjax.plan.compiled import _used
 from gptjax.plan.explain import explain
 from gptjax.plan.flops import count_flops, executed_flops
 from gptjax.plan.hlo import Program
@@ -387,3 +388,23 @@ def test_compiled_for_hardware_that_is_not_here(name):
         if one.kind == "all-gather" and one.num_bytes > 2**20
     ]  # fmt: skip
     assert gathered and {one.dtype for one in gathered} == {"bf16"}
+
+
+@pytest.mark.parametrize(
+    "message, used",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 100.50G of 95.74G hbm",
+            100.5,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (2.99T) exceeds available HBM (95.74G).",
+            2.99 * 1024,
+        ),
+        ("INTERNAL: Used 100.50G of 95.74G hbm", None),
+    ],
+)
+def test_what_a_program_needs_is_read_from_the_refusal(message, used):
+    found = _used(message)
+    assert found == (used and pytest.approx(used * 2**30))

@@ -58,8 +58,10 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
 
 
 def _used(message: str) -> int | None:
-    """Bytes that a program needs that its device does not have, by the TPU compiler's words."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?)\w* of", message)
+    """Bytes that a program needs, at least, that its device does not have, by the TPU compiler's
+    words, of which it has two sets.
+    """
+    match = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)\w*(?: of|\) exceeds)", message)
     if "RESOURCE_EXHAUSTED" not in message or not match:
         return None
     return round(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
