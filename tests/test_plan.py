@@ -249,7 +249,8 @@ def test_every_offered_name_is_one():
     [("v5l:16x16", "v5e:"), ("h100s:8", "h100:"), ("v5e:16x16x16", "v5e:16x16"), ("v4:7", "v4:")],
 )
 def test_unknown_topology(given, near):
-    with pytest.raises(ConfigError, match=f"{given!r}: there is none of this name. Nearest: [^;]*{near}"):
+    words = f"{given!r}: there is none of this name. Nearest: [^;]*{near}"
+    with pytest.raises(ConfigError, match=words):
         parse_topology(given)
 
 
