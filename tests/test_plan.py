@@ -31,6 +31,8 @@ from gptjax.plan.hlo import Program
 from gptjax.plan.liveness import kept
 from gptjax.plan.memory import STATE, memory
 from gptjax.plan.network import arrange, bandwidth, group_along, mesh_axes, seconds
+from gptjax.plan.report import head
+from gptjax.plan.roofline import formula_flops
 from gptjax.plan.search import (
     as_experiment,
     describe,
@@ -150,6 +152,19 @@ def test_counted_flops_are_those_of_the_formula(remat, attention):
         assert counted == flops_per_token(model) * tokens
 
 
+def test_a_pipeline_counts_its_bubble():
+    mesh = MeshConfig(data=2, pipe=2, microbatches=2)
+    config = replace(RUN, model=replace(PLAIN, num_layers=4), mesh=mesh)
+    found = plan(config, parse_topology("cpu:4"), compiling=False)
+    traced = trace_train_step(config, make_mesh(mesh, jax.devices()[:4]))
+    assert sum(count_flops(traced.jaxpr.jaxpr).values()) == formula_flops(found.config, found.axes)
+    whole = plan(replace(config, mesh=MeshConfig(data=4)), parse_topology("cpu:4"), compiling=False)
+    assert formula_flops(found.config, found.axes) > formula_flops(whole.config, whole.axes)
+    assert "bubble 33%" in "\n".join(head(found))
+    state = sum(num_bytes for kind, num_bytes in found.memory.kinds().items() if kind in STATE)
+    assert state == state_bytes(config, 4)
+
+
 def test_collectives_of_a_program():
     axes = {"fsdp": 4, "tensor": 2}
     mesh = jax.make_mesh((4, 2), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -196,6 +211,10 @@ def test_network():
     assert bandwidth(across, hosts) == pytest.approx(CHIPS["h100"].outside)
     assert seconds("all-gather", 8e9, inside, hosts) == pytest.approx(7e9 / CHIPS["h100"].link)
     assert seconds("all-reduce", 8e9, inside, hosts) == pytest.approx(14e9 / CHIPS["h100"].link)
+    # Two of each host, which share what comes in for both.
+    mesh = MeshConfig(fsdp=16, tensor=4)
+    two = group_along(arrange(hosts, mesh), ["fsdp"], mesh_axes(mesh, 64))
+    assert bandwidth(two, hosts) == pytest.approx(2 * CHIPS["h100"].outside * (15 / 16) / (7 / 8))
     # Two slices: only what crosses between them is slow.
     two = parse_topology("v5e:4x4", 2)
     grid = arrange(two, MeshConfig(data=2, fsdp=16, slices=2))
@@ -230,7 +249,8 @@ def test_every_offered_name_is_one():
     [("v5l:16x16", "v5e:"), ("h100s:8", "h100:"), ("v5e:16x16x16", "v5e:16x16"), ("v4:7", "v4:")],
 )
 def test_unknown_topology(given, near):
-    with pytest.raises(ConfigError, match=f"{given!r}: there is none of this name.*{near}"):
+    words = f"{given!r}: there is none of this name. Nearest: [^;]*{near}"
+    with pytest.raises(ConfigError, match=words):
         parse_topology(given)
 
 
