@@ -57,6 +57,7 @@ ORDER = (
     "stop",
     "watchdog",
     "step",
+    "compiled",
     "resume",
     "clock",
     "summary",
