@@ -20,6 +20,7 @@ from gptjax.cli.evaluating import Evaluate, evaluate, read_task
 from gptjax.cli.generating import Generate, Predict, generate, predict
 from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
 from gptjax.cli.ledger import Data, data
+from gptjax.cli.planning import Plan, plan
 from gptjax.cli.reports import Report, report
 from gptjax.cli.runs import Train, train
 from gptjax.cli.tokenizers import (
@@ -39,6 +40,7 @@ __all__ = ["VERBS", "explain", "main", "parse", "run_verb"]
 VERBS = {
     "prepare": (prepare, Prepare),
     "train": (train, Train),
+    "plan": (plan, Plan),
     "generate": (generate, Generate),
     "predict": (predict, Predict),
     "evaluate": (evaluate, Evaluate),
@@ -57,6 +59,7 @@ VERBS = {
 PLACEHOLDERS = {
     "prepare": "FILE",
     "train": "FILE",
+    "plan": "FILE",
     "convert": "HF_FOLDER",
     "tokenizer train": "TEXT",
     "tokenizer inspect": "TOKENIZER",
@@ -120,7 +123,12 @@ def run_verb(arguments: Sequence[str]) -> None:
     default, placeholder = options(), PLACEHOLDERS.get(verb, "RUN")
     if target and hasattr(default, "config"):
         default = dataclasses.replace(default, config=load_experiment(target))
-    if target and options is Evaluate:
+    if options is Plan and not default.config.data.path:  # no text is read
+        data = dataclasses.replace(default.config.data, path=("any text",))
+        default = dataclasses.replace(
+            default, config=dataclasses.replace(default.config, data=data)
+        )
+    if target and options in (Evaluate, Predict):
         default = dataclasses.replace(default, task=read_task(target))
     if options is Prepare and "--beam" in rest:
         place = rest.index("--beam")
