@@ -65,6 +65,8 @@ ORDER = (
     "report",
     "outcome",
     "page",
+    "shrink",
+    "proof",
     "plan",
     "interpret",
     "serve",
