@@ -41,7 +41,7 @@ BOUNDS = {
     "loss": 1e-5,
     "gradients": 1e-4,
     "dropout": 1e-4,
-    "update": 5e-3,
+    "update": 1e-3,
     "moments": 1e-3,
 }
 # A leaf whose values are all far below those of its neighbours is compared by this part of theirs:

@@ -24,6 +24,7 @@ from gptjax.config import (
     load_experiment,
     violations,
 )
+from gptjax.errors import explain
 from gptjax.proof import DifferenceError, compare, misplaced
 from gptjax.sharding import make_mesh
 from gptjax.shrink import MOST_DEVICES, changes, num_devices, shrink, with_any_data
@@ -95,14 +96,14 @@ def small_copy(model=PLAIN, **changes):
     "config",
     [
         small_copy(FINE, mesh=MeshConfig(fsdp=2, tensor=2, context=2, data=1), accumulate=2),
-        small_copy(mesh=MeshConfig(data=2, fsdp=2, pipe=2), tune=TuneConfig(lora_rank=4)),
         small_copy(
             replace(PLAIN, bidirectional=True),
-            mesh=MeshConfig(data=2, tensor=2),
+            mesh=MeshConfig(data=1, fsdp=2, pipe=2),
             task=TaskConfig(kind="questions"),
+            tune=TuneConfig(lora_rank=4),
         ),
     ],
-    ids=["many options", "pipeline", "task"],
+    ids=["many options", "a task, a pipeline, adapters"],
 )
 def test_a_mesh_gives_the_numbers_of_one_device(config, capsys):
     compare(config)
@@ -152,8 +153,9 @@ def over_data(of_part):
 def test_what_is_wrong_with_gradients_is_found(monkeypatch, mistake, found):
     for file in (gptjax.step, gptjax.proof):
         monkeypatch.setattr(file, "loss_and_grads", mistake)
-    with pytest.raises(DifferenceError, match=found):
+    with pytest.raises(DifferenceError, match=found) as caught:
         compare(small_copy())
+    assert explain(caught.value)[0] == 8
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Annotated, TextIO
 
 import tyro
 
-from gptjax.config import Config, ConfigError, Count, from_json, to_json
+from gptjax.config import Config, ConfigError, Count, Range, from_json, to_json
 from gptjax.errors import EXIT_CODES, end_process, explain
 from gptjax.shrink import changes, num_devices, shrink
 
@@ -28,7 +28,7 @@ class Check:
     processes: Count = 1  # show it with so many processes of this machine too
     # devices along context and pipe, where the mesh needs more than 16: 4 shows more of a ring, and
     # of stages
-    longest: Count = 2
+    longest: Annotated[int, Range(2, 4)] = 2
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -42,17 +42,17 @@ def check(experiment: str, given: Check) -> None:
             f"processes = {given.processes}, but the mesh of the small copy has {count} devices: "
             "give a number that divides them"
         )
-    print("small copy " + "\n           ".join(changes(given.config, small)))
+    _say("small copy " + "\n           ".join(changes(given.config, small)))
     os.environ |= _environment(count)
     from gptjax.proof import compare
 
-    print(f"mesh       {count} virtual devices of this CPU, in one process")
+    _say(f"mesh       {count} virtual devices of this CPU, in one process")
     compare(small, _say)
     if given.processes > 1:
         each = count // given.processes
-        print(f"mesh       {given.processes} processes of {each} devices")
+        _say(f"mesh       {given.processes} processes of {each} devices")
         _in_processes(small, given.processes, _environment(each))
-    print("result     the numbers of one device")
+    _say("result     the numbers of one device")
 
 
 def _say(line: str) -> None:
