@@ -5,8 +5,8 @@ and that keeps what the size decides: whether key/value heads are shared, how wi
 layer and the window are, whether a row divides into the halves of a ring, whether the vocabulary
 has padding. The stack has one period of windows for each group of each stage, and at least two
 layers. Each shard has at least two rows of each part of a batch. Whatever is neither a size nor
-about data, storage or time stays, in float32; the learning rate is that of a small model, without
-warm-up, and `optimizer.epsilon` not so small that rounding becomes an update.
+about data, storage or time stays, in float32; but the learning rate is high, without warm-up, and
+`optimizer.epsilon` is not so small that rounding becomes an update.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from gptjax.config import (
 MOST_DEVICES = 16  # virtual ones, which take turns on this machine's cores
 AXES = ("data", "fsdp", "tensor", "context", "pipe")
 LEAST_CONTEXT, LEAST_HEAD, LEAST_VOCAB, NUM_LABELS = 32, 8, 64, 5
+LEARNING_RATE = 0.1  # of one update, that is to be seen beside the parameters' rounding
 # Adam's first update of a number is near the learning rate, however small its gradient, unless this
 # is added to the root: and a gradient that should be 0 is some 1e-9 by rounding.
 LEAST_EPSILON = 1e-3
@@ -62,7 +63,7 @@ def shrink(config: Config, longest: int = 2) -> Config:
         tune=_tune(config.tune, config.model, model, mesh),
         optimizer=replace(
             config.optimizer,
-            learning_rate=1e-2,
+            learning_rate=LEARNING_RATE,
             final_learning_rate=None,
             warmup_steps=0,
             decay_steps=None,
