@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -204,7 +204,12 @@ class Checkpoints:
         return lines
 
     def prune(
-        self, *, keep_last: int | None = None, keep_every: int | None = None, dry_run: bool = False
+        self,
+        *,
+        keep: Collection[int] = (),
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        dry_run: bool = False,
     ) -> list[tuple[Path, int]]:
         """Remove what no run needs, in a run that nobody trains: steps that were set aside, and
         what a killed process left. If it says which to keep: the other steps too, but never the
@@ -217,7 +222,7 @@ class Checkpoints:
         old = []
         if keep_last is not None or keep_every is not None:
             newest = self._choose(None, {}, None)
-            keep = () if newest is None else (newest,)
+            keep = {*keep} if newest is None else {*keep, newest}
             old = self._steps.old(keep, keep_last or 1, keep_every)
         sizes = [(self._steps / step, num_bytes(self._steps / step)) for step in old]
         if not dry_run:
@@ -421,13 +426,14 @@ class Checkpoints:
         items = _items(like)
         self._fingerprint = jit_fingerprint(items).lower(items).compile()
 
-    def save(self, step: int, state: State, *, wait: bool = False) -> None:
+    def save(self, step: int, state: State, *, wait: bool = False, after_all: bool = False) -> None:
         """Begin to save the state; it may be donated as soon as this returns.
 
         A step that is there already is replaced. While the save before this one is under way, or a
         failed one must not be tried again yet, nothing happens but a line in the events.
 
         Args:
+          after_all: once the save before this one has ended, which is waited for.
           wait: until the step is on the disk, and before that for the save before this one; one
             that fails is tried again at once when its time has come. For the last save of a run.
         Raises:
@@ -436,7 +442,7 @@ class Checkpoints:
         """
         assert self._background, "saving is for the with statement"
         while True:
-            if not self._settle(block=wait):
+            if not self._settle(block=wait or after_all):
                 self._skip(step, f"the save of step {self._begun:,} is under way")
                 return
             if wait and self._failure:

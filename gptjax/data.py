@@ -26,6 +26,7 @@ from gptjax.sources import DataError
 from gptjax.store import DocumentInfo, Store
 
 Item = TypeVar("Item")
+Which = slice | np.ndarray  # of the rows of a batch: consecutive ones, or their numbers
 
 WORD_BITS = 31  # labels in one int32 target, of several labels at once
 CLOSE_SECONDS = 5  # that the end of `prefetch` waits for an item which is being made
@@ -119,7 +120,7 @@ class Rows:
         """The batch that a step sees, both counted from 0: the step, and what was passed over."""
         return batch_number(step, self.skip)
 
-    def batch_at(self, step: int, *, which: slice) -> Batch:
+    def batch_at(self, step: int, *, which: Which) -> Batch:
         """As the function below."""
         return batch_at(step, self, which=which)
 
@@ -255,7 +256,7 @@ class Windows(NamedTuple):
     start_B: np.ndarray  # int64: its first token
 
 
-def windows_at(step: int, rows: Rows, *, which: slice) -> Windows:
+def windows_at(step: int, rows: Rows, *, which: Which) -> Windows:
     """Where the rows `which` of the global batch of a step lie; arithmetic alone.
 
     Row r of batch n is number n x batch_size + r of all rows ever drawn, so an epoch may end and
@@ -278,7 +279,7 @@ def windows_at(step: int, rows: Rows, *, which: slice) -> Windows:
     return Windows(member_B, start_B)
 
 
-def batch_at(step: int, rows: Rows, *, which: slice) -> Batch:
+def batch_at(step: int, rows: Rows, *, which: Which) -> Batch:
     """The rows `which` of the global batch of a step, counted from 0; a pure function.
 
     Tokens of excluded documents are padding, and nothing is to be predicted from or of them: the
@@ -449,7 +450,7 @@ class Passage(NamedTuple):
     excluded: bool  # it is padding in this row
 
 
-def passages_at(step: int, rows: Rows, *, which: slice) -> list[Passage]:
+def passages_at(step: int, rows: Rows, *, which: Which) -> list[Passage]:
     """The documents behind the rows `which` of the batch of a step, in the order of the rows.
 
     Raises:
@@ -463,7 +464,7 @@ def passages_at(step: int, rows: Rows, *, which: slice) -> list[Passage]:
         ends = np.concatenate([start_B[mine], stop_B[mine] - 1])
         first_B[mine], last_B[mine] = np.split(rows.members[i].store.documents(ends), 2)
     passages = []
-    for r, row in enumerate(range(rows.batch_size)[which]):
+    for r, row in enumerate(np.arange(rows.batch_size)[which].tolist()):
         member, start, stop = rows.members[member_B[r]], int(start_B[r]), int(stop_B[r])
         gone = member.excluded.starts[member.excluded.from_steps <= step]
         for number in range(first_B[r], last_B[r] + 1):

@@ -22,7 +22,7 @@ EXIT_CODES = {
 }
 BUG = 1
 # Of a run of several processes, in those that have done nothing wrong.
-PEER_FAILED = 42
+PEER_FAILED = 42  # by a bug; other errors have their own code in all processes
 PEER_LOST = 43
 STUCK = 44  # in all of them, and in a single one
 STOPPED = 75  # and can go on

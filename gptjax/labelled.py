@@ -3,8 +3,7 @@
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
@@ -282,43 +281,3 @@ def _shown(example: Any) -> str:
         case Question():
             return example.question
     return example.text if example.second is None else f"{example.text} / {example.second}"
-
-
-# --- the best step -------------------------------------------------------------------------------
-
-
-def best_by(config: Config) -> tuple[str, int]:
-    """The figure that the best step is chosen by; 1 if a larger one is better, or else -1."""
-    match config.task.kind:
-        case "classify":
-            return ("eval/micro_f1" if config.task.several else "eval/accuracy"), 1
-        case "entities" | "questions":
-            return "eval/f1", 1
-    return "eval/loss", -1
-
-
-class Best(NamedTuple):
-    """The best step so far."""
-
-    step: int | None = None  # None: none was evaluated
-    figure: float = float("nan")
-    since: int = 0  # evaluations after it
-
-    def then(self, step: int, figure: float, sign: int) -> "Best":
-        """The best after one more evaluation; of equals the first."""
-        if math.isnan(self.figure) or sign * figure > sign * self.figure:
-            return Best(step, figure)
-        return self._replace(since=self.since + 1)
-
-
-NO_BEST = Best()
-
-
-def best_of(lines: Iterable[dict[str, float]], config: Config) -> Best:
-    """The best of the steps that were logged."""
-    name, sign = best_by(config)
-    best = NO_BEST
-    for line in lines:
-        if name in line:
-            best = best.then(line["step"], line[name], sign)
-    return best

@@ -1,21 +1,36 @@
-"""A model with its tokenizer, from a run or from a folder of Hugging Face's Transformers."""
+"""A model with its tokenizer, from a run, from a folder of Hugging Face's Transformers, or from one
+of PEFT.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.best import best_step
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, MeshConfig
-from gptjax.hf import is_hf, load_hf, read_hf_config
+from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, MeshConfig, TuneConfig
+from gptjax.hf import (
+    Adapters,
+    base_of,
+    is_hf,
+    is_peft,
+    load_hf,
+    read_adapters,
+    read_hf_config,
+    read_hf_labels,
+)
+from gptjax.hf.weights import by_path
 from gptjax.model import Params
 from gptjax.rundir import CheckpointError, read_run
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer, make_tokenizer
-from gptjax.tuning import abstract_all, merged
+from gptjax.tuning import abstract_all, merged, with_room
 
 # Fields of a model that say how it is computed or trained, not what it predicts.
 CHOICES = {
@@ -45,8 +60,9 @@ def load(
         logits, _ = gptjax.forward(params, tokens, config)
 
     Args:
-      where: a run, or a folder as `save_pretrained` of Transformers writes it.
-      step: of a run's checkpoints; None: the newest.
+      where: a run, or a folder as `save_pretrained` of Transformers or of PEFT writes it; adapters
+        are merged.
+      step: of a run's checkpoints; None: the best of a task's run, or the newest.
       mesh: where the parameters go; None: the first device.
     Returns:
       the config, the parameters in float32, and the tokenizer; None if a folder has no files of
@@ -66,6 +82,9 @@ def read_model(where: Path) -> tuple[GPTConfig, Tokenizer | None]:
     Raises:
       CheckpointError: if there is none, or it cannot be read.
     """
+    if is_peft(where):
+        model, tokenizer = read_model(base_of(where))
+        return read_adapters(where, model).model, tokenizer
     if not (where.is_dir() and is_hf(where)):
         run, tokenizer = read_run(where)
         return run.model, tokenizer
@@ -78,19 +97,144 @@ def read_model(where: Path) -> tuple[GPTConfig, Tokenizer | None]:
         raise CheckpointError(f"{where}: its tokenizer cannot be read: {error}") from error
 
 
+def task_of(where: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The kind of task that a run or folder has learnt, None if none; and its labels, in the order
+    of its head's outputs.
+    """
+    if is_peft(where):
+        found = adapters_of(where)
+        return found.task, found.labels
+    if is_hf(where):
+        return read_hf_labels(where)
+    task = read_run(where)[0].task
+    return task.kind, task.labels
+
+
+def _root(where: Path) -> Path:
+    """The run, or the folder of a whole model, that a folder stands on."""
+    while is_peft(where):
+        where = base_of(where)
+    return where
+
+
+def adapters_of(where: Path) -> Adapters:
+    """What a folder of PEFT holds."""
+    return read_adapters(where, read_model(base_of(where))[0])
+
+
 def load_params(where: Path, config: GPTConfig, mesh: Mesh, step: int | None = None) -> Params:
     """The parameters of a run or folder on a mesh, for a model that `check_origin` allows; with the
-    head that is there, if it is another. Adapters are merged.
+    head that is there, if it is another. Adapters are merged. Without a step it is the best of a
+    task's run, or the newest.
     """
+    params, tune = load_apart(where, config, mesh, step)
+    return merged(params, Config(model=config, tune=tune))
+
+
+def load_apart(
+    where: Path, config: GPTConfig, mesh: Mesh, step: int | None = None
+) -> tuple[Params, TuneConfig]:
+    """As `load_params`, with adapters apart, and how they were trained."""
+    if is_peft(where):
+        return _load_peft(where, config, mesh)
     if is_hf(where):
-        return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1]
+        return load_hf(where, mesh, vocab_multiple=config.vocab_multiple)[1], TuneConfig()
     run, _ = read_run(where)
     there = replace(config, head=run.model.head, num_labels=run.model.num_labels)
     run = replace(run, model=there)
-    return merged(Checkpoints(where).restore_params(abstract_all(run, mesh), step), run)
+    checkpoints = Checkpoints(where)
+    if step is None and (best := best_step(where, run)) in checkpoints.steps():
+        step = best
+    return checkpoints.restore_params(abstract_all(run, mesh), step), run.tune
 
 
-def with_head(params: Params, fresh: Params, *, same: bool) -> Params:
+def _load_peft(where: Path, config: GPTConfig, mesh: Mesh) -> tuple[Params, TuneConfig]:
+    """The parameters of their base with adapters and the head that they bring."""
+    found = adapters_of(where)
+    params = load_params(base_of(where), config, mesh)
+    model = replace(config, head=found.model.head, num_labels=found.model.num_labels)
+    like = abstract_all(Config(model=model, tune=found.tune), mesh)
+    own = by_path({"lora": found.lora, "head": params["head"]}) | found.head
+
+    def part(path: tuple, one: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaf = own.get(name, np.zeros(one.shape, one.dtype))  # a bias that there is none of
+        return jax.device_put(leaf, one.sharding)
+
+    brought = {name: like[name] for name in ("lora", "head")}
+    return params | jax.tree.map_with_path(part, brought), found.tune
+
+
+def same_base(where: Path, config: GPTConfig, params: Params, mesh: Mesh) -> bool:
+    """Whether the parameters of a run with adapters are those of a run or folder, but for these and
+    the head of a task. Rows that pad the vocabulary do not count.
+    """
+    check = by_path(load_params(where, config, mesh))
+    apart = ("lora/",) if config.head == "lm" else ("lora/", "head/")
+    for path, leaf in by_path(params).items():
+        if path.startswith(apart):
+            continue
+        known = slice(
+            config.vocab_size if path in ("embedding/tokens", "head/unembedding") else None
+        )
+        if path not in check or not np.array_equal(leaf[known], check[path][known]):
+            return False
+    return True
+
+
+# --- what a run begins with ----------------------------------------------------------------------
+
+
+def begin_with(where: Path, config: Config, mesh: Mesh, own: Params) -> Callable[[], Params]:
+    """What reads the parameters that a new run begins with. Of its own it keeps adapters, and a
+    head of labels, unless there are the same.
+
+    Args:
+      where: the run or folder that has them.
+      config: the new run's.
+      own: its fresh parameters, which may be gone when the others are read.
+    """
+    model = config.model
+    own = {name: own[name] for name in ("head", "lora") if name in own}
+    if model.head == "lm" and "lora" not in own:
+        return lambda: load_params(where, model, mesh)
+    there, fresh = read_model(where)[0], jax.tree.map(jnp.copy, own)
+    same = (there.head, there.num_labels) == (model.head, model.num_labels)
+    same &= model.head == "span" or task_of(where)[1] == config.task.labels
+    if not _goes_on(where, config.tune):
+        return lambda: _with_head(load_params(where, model, mesh), fresh, same=same)
+
+    def read() -> Params:
+        params, _ = load_apart(where, model, mesh)
+        lora = with_room(params["lora"], fresh["lora"])
+        return _with_head(params, fresh | {"lora": lora}, same=same)
+
+    return read
+
+
+def about_adapters(where: Path, tune: TuneConfig) -> str:
+    """What becomes of the adapters that a run begins with, if there are some, as it says it."""
+    if not is_peft(where):
+        return ""
+    if _goes_on(where, tune):
+        return ", whose adapters go on"
+    there = adapters_of(where).tune
+    return (
+        f", whose adapters are merged; --tune.lora-rank {there.lora_rank} --tune.lora-alpha "
+        f"{there.lora_alpha:g} --tune.lora-targets {' '.join(there.lora_targets)} lets them go on"
+    )
+
+
+def _goes_on(where: Path, tune: TuneConfig) -> bool:
+    """Whether adapters of a folder of PEFT are those that a run trains."""
+    if tune.lora_rank is None or not is_peft(where):
+        return False
+    there = adapters_of(where).tune
+    same = (there.lora_rank, there.lora_alpha) == (tune.lora_rank, tune.lora_alpha)
+    return same and {*there.lora_targets} == {*tune.lora_targets}
+
+
+def _with_head(params: Params, fresh: Params, *, same: bool) -> Params:
     """The parameters with a fresh head, but for its norm, and fresh adapters; a head of the `same`
     kind they keep.
     """
@@ -120,8 +264,8 @@ def take_over(config: Config, where: Path) -> Config:
         model = replace(origin, **own)
     data = config.data
     if data.tokenizer == "bytes" and tokenizer and tokenizer.kind != "bytes":
-        folder = where if is_hf(where) else where / "tokenizer"
-        data = replace(data, tokenizer=str(folder))
+        root = _root(where)
+        data = replace(data, tokenizer=str(root if is_hf(root) else root / "tokenizer"))
     return replace(config, model=model, data=data)
 
 
@@ -137,7 +281,7 @@ def check_origin(where: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPTCon
     if config.vocab_size is None:
         config = replace(config, vocab_size=origin.vocab_size)
     names = {field.name for field in dataclasses.fields(GPTConfig)} - CHOICES
-    if not is_hf(where):
+    if not is_hf(_root(where)):
         names.add("vocab_multiple")
     if config.positions == "rope":
         names.remove("context_size")  # no parameter depends on it

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptjax.best import best_of
 from gptjax.config import Config
-from gptjax.labelled import best_of
 from gptjax.metrics import read_metrics
 
 MOST_ERRORS = 25  # that are shown

@@ -191,6 +191,8 @@ FREE = {
     "task.patience",
     "task.words",
     "task.score",
+    "task.max_answer",
+    "task.bleu_tokens",
 }
 FREE_SECTIONS = ("mesh.", "sample.", "guard.")
 # What changes the numbers of the steps to come, and leaves the state and the order of batches what
@@ -223,6 +225,25 @@ CONTENT = {
     "filter",
     "deduplicate",
 }
+# What the examples of a task are.
+EXAMPLES = {
+    "train",
+    "valid",
+    "file_format",
+    "header",
+    "on_bad_example",
+    "text_column",
+    "second_column",
+    "label_column",
+    "label_separator",
+    "scheme",
+    "source_column",
+    "target_column",
+    "messages_column",
+    "role_key",
+    "content_key",
+    "choice_columns",
+}
 NEEDS = {
     "free": "may change",
     "config": "needs --allow-config-change",
@@ -247,9 +268,11 @@ def changes_of(
     before: Config, config: Config, step: int, rollbacks: Sequence[Rollback] = ()
 ) -> list[Change]:
     """All fields that differ, of a run whose state is that of a step, with its rollbacks."""
-    bare = not before.data.path and not before.data.mixture and before.task.kind is None
-    if bare:  # converted: it has seen no text yet
-        before = replace(config, model=before.model)
+    bare = not before.data.path and not before.data.mixture and not before.task.train
+    if bare:  # converted: it has seen no data yet, but a head may be there, which has its labels
+        kept = {"kind": before.task.kind, "labels": before.task.labels} if before.task.kind else {}
+        task = replace(config.task, **kept)
+        before = replace(config, model=before.model, tune=before.tune, task=task)
     old, new = dict(_fields(before)), dict(_fields(config))
     changes = [
         Change(name, old[name], new[name], _kind(name, before, config, step))
@@ -285,7 +308,7 @@ def _kind(name: str, before: Config, config: Config, step: int) -> Kind:
         return "config"
     if name in FREE or name.startswith(FREE_SECTIONS):
         return "free"
-    content = {f"data.{field}" for field in CONTENT} | {"task.train", "task.valid"}
+    content = {f"data.{one}" for one in CONTENT} | {f"task.{one}" for one in EXAMPLES}
     return "data" if name in content else "fatal"
 
 

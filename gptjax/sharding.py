@@ -244,37 +244,28 @@ def in_use(mesh: Mesh, letters: str) -> NamedSharding:
     return NamedSharding(mesh, spec(letters, FED))
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process's devices hold.
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, in order: int64.
 
-    Raises:
-      ConfigError: if they are not one run of rows, which a mesh with the rows' axes outermost
-        always gives.
+    They may lie apart: devices are in the order in which they are wired, and those of one host are
+    a square of a TPU's torus.
     """
-    sharding = in_use(mesh, "B")
-    held = {
-        (index[0].start or 0, index[0].stop or batch_size)
-        for index in sharding.addressable_devices_indices_map((batch_size,)).values()
-    }
-    start, stop = min(low for low, _ in held), max(high for _, high in held)
-    if sum(high - low for low, high in held) != stop - start:
-        raise ConfigError(
-            f"the rows of this process are not consecutive: {sorted(held)}; "
-            "order the devices by process"
-        )
-    return slice(start, stop)
+    held = in_use(mesh, "B").addressable_devices_indices_map((batch_size,))
+    every = np.arange(batch_size)
+    return np.unique(np.concatenate([every[rows] for (rows,) in held.values()]))
 
 
 def to_devices(mesh: Mesh, local: Any, batch_size: int) -> Any:
     """This process's rows [B/processes, ...] of each array -> global arrays [B, ...], split as
     rows in use are. Of positions that are split, a process gives its devices only theirs.
     """
-    first = local_rows(mesh, batch_size).start
+    mine = local_rows(mesh, batch_size)
 
     def put(rows: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            return rows[(slice(start - first, stop - first), *index[1:])]
+            first = np.searchsorted(mine, start)
+            return rows[(slice(first, first + stop - start), *index[1:])]
 
         sharding = in_use(mesh, "BT"[: rows.ndim])
         return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn, Self
 from gptjax.errors import NO_ERRORS, STOPPED, end_process, last_line
 from gptjax.events import Events
 
+LAST_ACTS_SECONDS = 6  # that they may take; among them is process 0's wait for the others
+
 
 class Interrupted(RuntimeError):
     """The run was asked to stop, and its last step is saved: the same command goes on from
@@ -31,17 +33,24 @@ class Leaving:
     def __init__(self, events: Events):
         self._events, self._last_acts = events, []
         self._turn = threading.Lock()
+        self._said: tuple[int, str] | None = None
 
     def after(self, act: Callable[[], None]) -> None:
         """Do this before the process ends; what was asked last is done first."""
         self._last_acts.append(act)
 
     def __call__(self, code: int, message: str) -> NoReturn:
-        self._turn.acquire()  # who comes second waits here for the end
-        self._events.write("stop" if code in NO_ERRORS else "error", code=code, message=message)
-        for act in reversed(self._last_acts):
-            with suppress(Exception):
-                act()
+        # Who comes second waits here for the end, unless an act of the first waits for ever: for
+        # JAX's coordinator, perhaps, which stands still while JAX aborts the process.
+        if self._turn.acquire(timeout=LAST_ACTS_SECONDS):
+            self._said = code, message
+            self._events.write("stop" if code in NO_ERRORS else "error", code=code, message=message)
+            for act in reversed(self._last_acts):
+                with suppress(Exception):
+                    act()
+        while self._said is None:  # the main thread is on its way out, without any of this
+            self._turn.acquire()
+        code, message = self._said
         with suppress(OSError, ValueError):
             print(last_line(code, message), file=sys.stderr)
         end_process(code)

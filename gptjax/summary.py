@@ -22,6 +22,9 @@ from gptjax.model import resolve
 from gptjax.pipeline import describe_pipeline
 from gptjax.tuning import abstract_all, abstract_trained
 
+# What one would do with a run of each kind of task, if not ask it about the examples of a file.
+NEXT = {None: "generate {} --prompt TEXT", "dialogue": "chat {}"}
+
 
 def describe(config: Config, mesh: Mesh, reason: str, data: str) -> str:
     """What is about to run, in a few lines.
@@ -84,9 +87,16 @@ def left_out(exclusions: tuple[Exclusion, ...]) -> str:
     return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
 
 
-def summary(lines: list[dict[str, float]], run_dir: Path, *, best: int | None = None) -> str:
-    """The figures of a finished run, and its folders; of a task those of its best step."""
-    evaluation = next((line for line in reversed(lines) if "eval/loss" in line), None)
+def summary(
+    lines: list[dict[str, float]],
+    run_dir: Path,
+    *,
+    task: str | None = None,
+    best: int | None = None,
+) -> str:
+    """The figures of a finished run, and its folders; of a `task` those of its `best` step."""
+    evaluated = (line for line in reversed(lines) if "eval/loss" in line)
+    evaluation = next((line for line in evaluated if best in (None, line["step"])), None)
     speeds = [line["perf/tokens_per_second"] for line in lines if "perf/tokens_per_second" in line]
     figures = []
     if evaluation and "eval/bits_per_byte" in evaluation:
@@ -101,8 +111,8 @@ def summary(lines: list[dict[str, float]], run_dir: Path, *, best: int | None = 
             for name in names
         ]
     elif evaluation:
-        chosen = next(line for line in lines if line["step"] == (best or evaluation["step"]))
-        figures += _task_figures("eval", f"validation, at step {chosen['step']:,}", chosen)
+        figures += _task_figures("eval", f"validation, at step {evaluation['step']:,}", evaluation)
+    if task and lines:
         figures += _task_figures("test", "test, with the parameters of that step", lines[-1])
     if speeds:
         figures.append(f"speed      {statistics.median(speeds):,.0f} tokens per second")
@@ -110,9 +120,7 @@ def summary(lines: list[dict[str, float]], run_dir: Path, *, best: int | None = 
         [
             *figures,
             f"run        {run_dir}: config.json, metrics.jsonl, checkpoints/, tokenizer/",
-            f"next       gptjax generate {run_dir} --prompt TEXT"
-            if not evaluation or "eval/bits_per_byte" in evaluation
-            else f"next       gptjax predict {run_dir} FILE --out FILE",
+            f"next       gptjax {NEXT.get(task, 'predict {} FILE --out FILE').format(run_dir)}",
         ]
     )
 

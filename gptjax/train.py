@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gptjax.best import NO_BEST, Best, best_by, best_of
 from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock, DeviceWatch
 from gptjax.config import Config
@@ -34,16 +35,12 @@ from gptjax.events import Events
 from gptjax.faults import at
 from gptjax.integrity import NotFiniteError
 from gptjax.labelled import (
-    NO_BEST,
-    Best,
-    best_by,
-    best_of,
     figures_of,
     jit_label_step,
     predict,
     write_said,
 )
-from gptjax.loading import load_params, read_model, with_head
+from gptjax.loading import about_adapters, begin_with
 from gptjax.metrics import Log, read_metrics
 from gptjax.model import Params
 from gptjax.ready import Ready, make_ready
@@ -291,20 +288,9 @@ class _Run:
             if self.config.init_from is None:
                 return state
             origin = Path(self.config.init_from)
-            self.log.say(f"begun      with the parameters of {origin}")
-            return with_params(state, self.origin_params(origin, state.params))
-
-    def origin_params(self, origin: Path, params: Params) -> Callable[[], Params]:
-        """What reads the parameters that the run begins with; of its own it keeps adapters, and a
-        head of labels, unless there is the same.
-        """
-        model, mesh = self.config.model, self.mesh
-        own = {name: params[name] for name in ("head", "lora") if name in params}
-        if model.head == "lm" and "lora" not in own:
-            return lambda: load_params(origin, model, mesh)
-        there, fresh = read_model(origin)[0], jax.tree.map(jax.numpy.copy, own)
-        same = (there.head, there.num_labels) == (model.head, model.num_labels)
-        return lambda: with_head(load_params(origin, model, mesh), fresh, same=same)
+            about = about_adapters(origin, self.config.tune)
+            self.log.say(f"begun      with the parameters of {origin}{about}")
+            return with_params(state, begin_with(origin, self.config, self.mesh, state.params))
 
     def train_back_and_forth(self, state: TrainState, start: int, step_fn: Callable) -> TrainState:
         """All steps from `start` on, and those after each rollback."""
@@ -400,7 +386,7 @@ class _Run:
                     self.events.progress()  # so that is known what steps up to here took
                     # While updates are skipped the newest checkpoint stays one from before.
                     if owed and taken and not last:  # the last one is waited for, below
-                        self.save(step, state)
+                        self.save(step, state, after_all=self.best.step == step)
                         owed = False
                     clock.restart(step)
                     if self.is_over:
@@ -416,12 +402,14 @@ class _Run:
             )
         return state
 
-    def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+    def save(
+        self, step: int, state: TrainState, *, wait: bool = False, after_all: bool = False
+    ) -> None:
         """Begin to save a state whose copies are the same, or wait until it is done."""
         if self.comparer:
             self.refuse_differences(step, self.comparer.compare(state))
         with self.watchdog.phase("save"), self.events.spent.of("checkpoint"):
-            self.checkpoints.save(step, state, wait=wait)
+            self.checkpoints.save(step, state, wait=wait, after_all=after_all)
 
     def awaited(self, batches: Iterator[Batch], watch: DeviceWatch) -> Iterator[Batch]:
         """The batches. The time in which the devices have no step to compute, because none is
@@ -650,17 +638,22 @@ class _Run:
             self.log.say(f"sample     at temperature {sample.temperature:g}:\n\n{text}\n")
         if jax.process_index() == 0:
             lines = read_metrics(self.run_dir)
-            best = self.best.step if self.labelled else None
-            self.log.say(summary(lines, self.run_dir, best=best))
+            task, best = config.task.kind, self.best.step
+            self.log.say(summary(lines, self.run_dir, task=task, best=best))
 
     def conclude(self, state: TrainState) -> None:
         """Keep what the best step says of the validation and the test split, and log the figures of
         the latter.
         """
         params, last, best = state.params, int(state.step), self.best.step
-        if best not in (None, last) and best in self.checkpoints.steps():
-            like = abstract_all(self.config, self.mesh)
-            params = self.checkpoints.restore_params(like, best)
+        if best in self.checkpoints.steps():
+            if best != last:
+                like = abstract_all(self.config, self.mesh)
+                params = self.checkpoints.restore_params(like, best)
+        elif best is not None:
+            self.log.say(
+                f"best       step {best:,} could not be saved: step {last:,} is used instead"
+            )
         with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
             figures, folder = None, self.run_dir / "said"
             labels, splits = self.config.model.head != "lm", self.labelled.splits

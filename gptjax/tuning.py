@@ -80,6 +80,21 @@ def merged(params: Params, config: Config) -> Params:
     return {name: part for name, part in params.items() if name != "lora"} | {"blocks": blocks}
 
 
+def with_room(lora: Params, fresh: Params) -> Params:
+    """Adapters of which those that are nothing, as of a block that had none, can be learnt: where
+    both of its parts are 0, no gradient ever reaches an adapter.
+    """
+    found = {}
+    for name, one in lora.items():
+        down, up = one["down"], one["up"]
+        bare_LR = ~up.any(axis=tuple(range(2, up.ndim))) & ~down.any(
+            axis=tuple(range(1, down.ndim - 1))
+        )
+        shape = (len(down), *[1] * (down.ndim - 2), down.shape[-1])
+        found[name] = one | {"down": jnp.where(bare_LR.reshape(shape), fresh[name]["down"], down)}
+    return found
+
+
 def trained(tree: Any, config: Config, cut: Callable | None = None) -> Any:
     """What of a tree of parameters, or of their letters, is trained.
 

@@ -25,7 +25,7 @@ import jax
 from jax._src.distributed import global_state  # the store has no public name
 
 from gptjax.config import GuardConfig
-from gptjax.errors import PEER_FAILED, PEER_LOST, STUCK
+from gptjax.errors import BUG, PEER_FAILED, PEER_LOST, STUCK, explain
 from gptjax.stop import Interrupted, Leaving, Stop
 
 HEARTBEAT_SECONDS = 20  # without a sign of a process before JAX takes it for dead
@@ -33,6 +33,7 @@ POLL_SECONDS = 0.25
 BEAT_SECONDS = 1
 QUIET_SECONDS = 6  # without a beat before a process is under suspicion
 GRACE_SECONDS = 1  # for an error of its own to come out, where all processes meet the same
+ANSWER_SECONDS = 0.4  # that processes may take to answer a request to stop before it is told
 LINGER_SECONDS = 3  # at most, that process 0 keeps the store up for the others
 
 # Words of errors that say no more than that another process has gone.
@@ -74,6 +75,7 @@ class Watchdog:
         self._closed, self._open = threading.Event(), ExitStack()
         self._failed = False  # this process has an error of its own
         self._quiet: list[int] = []
+        self._asked: float | None = None  # when this process told the others that it is to stop
         self._heard = time.monotonic()  # when the store last answered
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self._store:
@@ -165,7 +167,7 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Exchange news with the other processes."""
-        beats, next_beat, told_stop, failures = 0, 0.0, False, 0
+        beats, next_beat, failures = 0, 0.0, 0
         seen: dict[int, tuple[list, float]] = {}
         while not self._closed.wait(POLL_SECONDS):
             try:
@@ -179,21 +181,35 @@ class Watchdog:
                 self._quiet = news.pop("quiet", [])
                 if "fatal" in news:
                     self._end_with(Fatal(*news.pop("fatal")))
-                told_stop = self._agree(news, told_stop)
+                self._agree(news)
             except jax.errors.JaxRuntimeError:
                 failures += 1
                 if failures > 1 and self._me and not self._failed:
                     self._end_lost([0])
 
-    def _agree(self, stops: dict[str, int], told: bool) -> bool:
+    def _agree(self, stops: dict[str, int]) -> None:
         """Where to stop, once all processes have told how much they have begun."""
         if not stops and not self._stop.asked:
-            return False
-        if not told:
+            return
+        if self._asked is None:
             self._set(f"news/stop/{self._me}", self._stop.ask("another process's signal"))
+            self._asked = time.monotonic()
         elif len(stops) == self._count:
             self._stop.stop_at(max(stops.values()))
-        return True
+        else:
+            self._miss([i for i in range(self._count) if f"stop/{i}" not in stops])
+
+    def _miss(self, silent: list[int]) -> None:
+        """Say who does not answer, and wait for no one who is lost.
+
+        `mpirun` asks processes to stop because another one was killed, and kills them soon.
+        """
+        if lost := [process for process in silent if process in self._quiet]:
+            self._end_lost(lost)
+        if 0 < self._asked < time.monotonic() - ANSWER_SECONDS:
+            names, self._asked = ", ".join(map(str, silent)), 0.0
+            words = f"gptjax: to stop by {self._stop.asked}, but process {names} does not answer"
+            print(words, file=sys.stderr, flush=True)
 
     def _suspect(self, seen: dict[int, tuple[list, float]]) -> None:
         """Tell which processes have become quiet; the clocks of others do not matter."""
@@ -246,9 +262,13 @@ class Watchdog:
         ):
             self._await_cause()
         self._failed = True
+        # An error that would come again has its code in all processes, so that whoever starts runs
+        # again sees it whichever of them it looks at.
+        code, _ = explain(error)
+        code = PEER_FAILED if code == BUG else code
         with suppress(jax.errors.JaxRuntimeError):
             message = f"peer failed: process {self._me}: {what} -- see its log"
-            self._publish(Fatal(PEER_FAILED, self._me, message))
+            self._publish(Fatal(code, self._me, message))
 
     def _await_cause(self) -> None:
         """Wait for what another process tells of itself, or until one is known to be lost."""
@@ -259,14 +279,15 @@ class Watchdog:
                 self._end_lost(self._quiet)
 
     def _take_leave(self) -> None:
-        """Process 0 has the store, so it goes last."""
+        """Process 0 has the store, so it goes last of those that are not lost."""
         if not self._store:
             return
         if self._me:
             self._set(f"left/{self._me}", True)
             return
         until = time.monotonic() + LINGER_SECONDS
-        while time.monotonic() < until and len(self._get("left/")) < self._count - 1:
+        others = self._count - 1 - len(self._quiet)
+        while time.monotonic() < until and len(self._get("left/")) < others:
             time.sleep(POLL_SECONDS / 4)
 
     # --- the store -------------------------------------------------------------------------------

@@ -67,12 +67,33 @@ def wait_for_step(folder, run, step, process):
         time.sleep(0.01)
 
 
-def start_processes(folder, run, count, *options, devices=1, faults=()):
-    """The command in so many processes with so many devices each; `faults` of the first of them."""
+def free_address():
+    """HOST:PORT at which nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id"]
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_program(folder, program, count, devices=1):
+    """A program in so many processes, given the address of the first one and its own number."""
+    address = free_address()
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, str(i)],
+            cwd=folder,
+            env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def start_processes(folder, run, count, *options, devices=1, faults=()):
+    """The command in so many processes with so many devices each; `faults` of the first of them."""
+    launch = ["--coordinator", free_address(), "--num-processes", str(count), "--process-id"]
     faults = [*faults, *[""] * (count - len(faults))]
     return [
         start(folder, run, *options, *launch, str(i), devices=devices, fault=fault)

@@ -235,12 +235,16 @@ def test_a_mesh_that_splits_rows_generates_the_tokens_of_one_device():
 @pytest.mark.slow
 def test_processes_that_each_have_a_part_of_every_row(tmp_path):
     folder = make_folder(tmp_path)
-    finish(start(folder, "whole"))
-    in_processes(folder, "split", 2, "--mesh.context", "4", devices=2)
-    whole, split = figures(folder, "whole"), figures(folder, "split")
-    assert whole.keys() == split.keys()
-    for step, figure in whole.items():
-        assert split[step]["data/batch_hash"] == figure["data/batch_hash"]
-        assert split[step]["train/loss"] == pytest.approx(figure["train/loss"], rel=5e-5)
-        if figure["eval/loss"]:
-            assert split[step]["eval/loss"] == pytest.approx(figure["eval/loss"], rel=5e-5)
+    finish(start(folder, "whole", "--steps", "20"))
+    whole = figures(folder, "whole")
+    ring, axes = ["--mesh.context", "4"], ["--mesh.context", "2", "--mesh.fsdp", "2"]
+    several = [*axes, "--mesh.tensor", "2", "--model.split-residual"]
+    for count, options in ((2, ring), (4, several)):
+        run = f"by-{count}"
+        in_processes(folder, run, count, "--steps", "20", *options, devices=2)
+        split = figures(folder, run)
+        assert whole.keys() == split.keys()
+        for step, figure in whole.items():
+            assert split[step]["data/batch_hash"] == figure["data/batch_hash"]
+            for name in ("train/loss", "eval/loss"):
+                assert split[step][name] == pytest.approx(figure[name], rel=0, abs=5e-5)

@@ -1,5 +1,6 @@
 """Training on labelled tasks, from the examples to the predictions."""
 
+import fcntl
 import io
 import json
 import random
@@ -7,7 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from launch import in_processes
 
+from gptjax.best import NO_BEST, best_of
 from gptjax.checkpoint import Checkpoints
 from gptjax.cli import run_verb
 from gptjax.cli.chatting import fitting_ids
@@ -19,10 +22,11 @@ from gptjax.config import (
     OptimizerConfig,
     TaskConfig,
     TuneConfig,
+    to_json,
 )
-from gptjax.labelled import NO_BEST, best_of
 from gptjax.metrics import read_metrics
 from gptjax.outcome import is_wrong, over_seeds
+from gptjax.rundir import BusyError, CheckpointError, read_run
 from gptjax.tasks import make_task
 from gptjax.tasks.dialogue import Message
 from gptjax.tokenizer import ByteTokenizer
@@ -121,15 +125,18 @@ def test_the_best_of_several_figures_is_the_first_of_the_largest():
     assert best_of(losses, replace(config, task=TaskConfig(kind="pairs"))).step == 2
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def text_run(folder, **fields):
     """A run on text."""
-    folder = tmp_path_factory.mktemp("base")
     (folder / "text.txt").write_text("the ice is cold and the fire is warm. " * 200)
     data = DataConfig(path=(str(folder / "text.txt"),), store_dir=str(folder / "stores"))
-    config = classes(folder, task={"kind": None, "train": (), "valid": ()}, data=data)
+    config = classes(folder, task={"kind": None, "train": (), "valid": ()}, data=data, **fields)
     fit(replace(config, steps=2, eval_every=None), folder / "run")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return text_run(tmp_path_factory.mktemp("base"))
 
 
 def read(run_dir) -> dict[str, np.ndarray]:
@@ -156,6 +163,42 @@ def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tune, base
     run("evaluate", tmp_path / "tuned")
     figure = best_of(read_metrics(tmp_path / "tuned"), config).figure
     assert f"accuracy         {figure:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_a_model_with_what_they_began_with(tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    model, tune = replace(MODEL, positions="learned"), TuneConfig(lora_rank=2, lora_alpha=4.0)
+    base = text_run(tmp_path / "text", model=model)
+    config = classes(tmp_path, model=model, tune=tune, steps=4)
+    fit(replace(config, init_from=str(base)), tmp_path / "run")
+    run("export", tmp_path / "run", tmp_path / "apart", "--adapters")
+    assert "adapters of a GPT2ForSequenceClassification: attn.c_attn of rank 4" in (
+        capsys.readouterr().out
+    )
+    size = {path.name: path.stat().st_size for path in (tmp_path / "apart").iterdir()}
+    assert size["adapter_model.safetensors"] < 8000
+    # Merged, apart, and gone on with for no step, it says the same.
+    run("convert", tmp_path / "apart", tmp_path / "merged")
+    run("convert", tmp_path / "apart", tmp_path / "kept", "--adapters")
+    assert read_run(tmp_path / "kept")[0].tune == tune
+    still = OptimizerConfig(learning_rate=0.0)
+    again = replace(config, init_from=str(tmp_path / "apart"), steps=1, optimizer=still)
+    fit(again, tmp_path / "again")
+    capsys.readouterr()
+    said = {}
+    for name in ("run", "merged", "kept", "again"):
+        out = tmp_path / f"{name}.jsonl"
+        run("predict", tmp_path / name, config.task.valid[0], "--out", out)
+        said[name] = [json.loads(line)["probabilities"]["warm"] for line in out.open()]
+    for name, shares in said.items():
+        assert shares == pytest.approx(said["run"], abs=1e-5), name
+    run("export", tmp_path / "again", tmp_path / "once more", "--adapters")
+    with pytest.raises(ConfigError, match="has none"):
+        run("export", base, tmp_path / "none", "--adapters")
+    fit(replace(read_run(base)[0], steps=3), base)  # the base moves on
+    with pytest.raises(CheckpointError, match="has other parameters now"):
+        run("export", tmp_path / "run", tmp_path / "late", "--adapters")
 
 
 KINDS = ("entities", "questions", "pairs")  # and dialogue
@@ -216,6 +259,44 @@ def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
         assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+GIVEN = """
+from pathlib import Path
+from gptjax.config import from_json
+
+def config():
+    return from_json(Path("given.json").read_text())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classify", "questions"])
+def test_two_processes_learn_a_task_as_one_does(kind, tmp_path, capsys):
+    files = files_of(kind, tmp_path) if kind == "questions" else ()
+    task = dict.fromkeys(("train", "valid", "test"), files) if files else {}
+    config = classes(tmp_path, task={"kind": kind, "overlap": 8} | task)
+    config = replace(config, task=replace(config.task, test=config.task.valid))
+    (tmp_path / "given.json").write_text(to_json(config))
+    (tmp_path / "run.py").write_text(GIVEN)
+    in_processes(tmp_path, "two", 2, devices=2)
+    fit(config, tmp_path / "one")
+    lines = [read_metrics(tmp_path / name) for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 12
+    for one, two in zip(*lines, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            if not name.startswith("time/") and "second" not in name and "perf" not in name:
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    names = ("one", "two")
+    said = [(tmp_path / name / "said" / "test.jsonl").read_text().splitlines() for name in names]
+    words = "label" if kind == "classify" else "text"
+    one, two = ([json.loads(line)[words] for line in lines] for lines in said)
+    assert one == two
+    assert (tmp_path / "two" / "report.html").exists()
+    run("evaluate", tmp_path / "two")
+    figure = best_of(lines[1], config).figure
+    assert f" {figure:.4f}  (95 %" in capsys.readouterr().out
+
+
 def test_a_long_dialogue_gives_up_its_first_messages_but_not_the_scene():
     task, tokenizer = make_task(TaskConfig(kind="dialogue")), ByteTokenizer()
     messages = [Message("system", "be kind"), *[Message("user", f"{i}") for i in range(9)]]
@@ -260,6 +341,33 @@ def test_predict_goes_on_with_a_file_that_is_not_whole(tuned):
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
 
 
+def test_predict_reads_a_file_as_it_is_told(tuned, tmp_path):
+    lines = (tuned / "valid.tsv").read_text().splitlines()[1:9]
+    rows = [f'{i},"{line.partition(chr(9))[0]}"' for i, line in enumerate(lines)]
+    given, out = tmp_path / "given.csv", tmp_path / "out.jsonl"
+    given.write_text("\n".join(["number,said", *rows]) + "\n")
+    run("predict", tuned / "run", given, "--out", out, "--task.text-column", "said")
+    assert [json.loads(line)["where"] for line in out.open()] == [
+        f"{given}:{i}" for i in range(2, 10)
+    ]
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match="its line 1 does not say of"):
+        run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    with pytest.raises(ConfigError, match="give --out FILE"):
+        run("predict", tuned / "run", "red fire", "--task.text-column", "said")
+    assert out.read_bytes() == before
+
+
+def test_one_process_at_a_time_writes_a_file_of_predictions(tuned, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with out.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BusyError, match="is being written by another process"):
+            run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    assert len(out.read_text().splitlines()) == 64
+
+
 def test_a_language_model_is_asked_in_words(base, tuned, capsys):
     asked = ["--task.kind", "classify", "--task.valid", tuned / "valid.tsv", "--limit", 6]
     asked += ["--task.train", tuned / "train.tsv"]
@@ -268,6 +376,12 @@ def test_a_language_model_is_asked_in_words(base, tuned, capsys):
         assert "accuracy " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is of no task"):
         run("evaluate", base)
+    said = ["predict", base, tuned / "valid.tsv", "--out", tuned / "asked.jsonl"]
+    with pytest.raises(ConfigError, match="the labels are not known"):
+        run(*said, "--task.kind", "classify")
+    run(*said, "--task.kind", "classify", "--task.labels", "cold", "warm")
+    said = [json.loads(line)["label"] for line in (tuned / "asked.jsonl").open()]
+    assert len(said) == 64 and {*said} <= {"cold", "warm"}
 
 
 def test_a_report_has_the_figures_the_labels_taken_for_others_and_the_errors(tuned, capsys):

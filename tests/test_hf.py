@@ -15,7 +15,7 @@ import pytest
 from small import MODERN, PLAIN, fresh
 
 from gptjax.config import MeshConfig
-from gptjax.hf import load_hf, save_hf
+from gptjax.hf import load_hf, read_hf_labels, save_hf
 from gptjax.hf.tensors import HEADER_BYTES, find_tensors, read_header
 from gptjax.model import forward
 from gptjax.rundir import CheckpointError
@@ -27,6 +27,7 @@ NEO |= {"window_size": 5, "attention_types": [[["global", "local"], 1]]}
 LLAMA = {"max_position_embeddings": 32, "hidden_size": 32, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CLASSES = "GPT2ForSequenceClassification"
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
 
 # Class of Transformers, and its options.
@@ -277,6 +278,122 @@ def test_bfloat16_goes_out_rounded(tmp_path):
     np.testing.assert_array_equal(back["embedding"]["tokens"][known], rounded)
 
 
+# --- heads of tasks ------------------------------------------------------------------------------
+
+# Class of Transformers, its options, and what the head is for.
+WITH_HEADS = {
+    "classes": ("SequenceClassification", {"num_labels": 3}, "classify"),
+    "more classes than width": ("SequenceClassification", {"num_labels": 40}, "classify"),
+    "several classes": (
+        "SequenceClassification",
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        "classify",
+    ),
+    "tags": ("TokenClassification", {"id2label": {0: "O", 1: "B-X", 2: "I-X"}}, "entities"),
+    "passages": ("QuestionAnswering", {}, "questions"),
+}
+
+
+def head_model(library, name, options):
+    """As `random_model`, with a head."""
+    import torch
+
+    torch.manual_seed(0)
+    options = GPT2 | {"vocab_size": 61, "pad_token_id": 60} | options
+    config = library.GPT2Config(**options, bos_token_id=0, eos_token_id=0)
+    model = getattr(library, f"GPT2For{name}")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    return model
+
+
+def head_logits(model, tokens):
+    """Logits at each position, or for each row."""
+    import torch
+
+    with torch.no_grad():
+        out = model(torch.tensor(tokens))
+    if hasattr(out, "logits"):
+        return out.logits.numpy()
+    return np.stack([out.start_logits.numpy(), out.end_logits.numpy()], axis=-1)
+
+
+def ragged_tokens():
+    """Rows whose last tokens are padding, and how many are not."""
+    tokens = np.random.default_rng(1).integers(0, 60, (4, 32))
+    lengths = np.array([32, 1, 7, 20])
+    tokens[np.arange(32) >= lengths[:, None]] = 60
+    return tokens, lengths
+
+
+def our_logits(params, tokens, lengths, config, task):
+    logits = np.asarray(run(params, tokens, config)[0])
+    return logits[np.arange(4), lengths - 1] if task == "classify" else logits
+
+
+@pytest.mark.parametrize("name, options, task", WITH_HEADS.values(), ids=WITH_HEADS)
+def test_heads_say_the_same_and_go_out_as_they_came(transformers, tmp_path, name, options, task):
+    theirs = head_model(transformers, name, options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params = load_hf(tmp_path / "theirs")
+    kind, labels = read_hf_labels(tmp_path / "theirs")
+    assert kind == task and len(labels) == (config.num_labels or 0)
+    tokens, lengths = ragged_tokens()
+    expected = head_logits(theirs, tokens)
+    assert abs(our_logits(params, tokens, lengths, config, task) - expected).max() < 1e-4
+    save_hf(tmp_path / "ours", config, params, task=task, labels=labels)
+    assert_same_tensors(tmp_path / "theirs", tmp_path / "ours")
+    opened = type(theirs).from_pretrained(tmp_path / "ours", pad_token_id=60)
+    assert opened.config.id2label == theirs.config.id2label or task == "questions"
+    assert ("problem_type" in options) == (config.head == "labels")
+    np.testing.assert_allclose(head_logits(opened, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["label", "labels"])
+def test_a_bias_of_classes_goes_out_in_that_of_the_last_norm(transformers, tmp_path, head):
+    task = "classify"
+    config = replace(PLAIN, head=head, num_labels=5)
+    params, (tokens, lengths) = jax.device_put(ours(config)), ragged_tokens()
+    assert np.asarray(params["head"]["label_bias"]).any()
+    names = ("bad", "good", "x y", "ö", "5")
+    name = save_hf(tmp_path / "out", config, params, task=task, labels=names)
+    theirs = transformers.GPT2ForSequenceClassification.from_pretrained(
+        tmp_path / "out", pad_token_id=60
+    )
+    assert name == type(theirs).__name__ and read_hf_labels(tmp_path / "out") == (task, names)
+    assert theirs.config.label2id == {one: number for number, one in enumerate(names)}
+    difference = head_logits(theirs, tokens) - our_logits(params, tokens, lengths, config, task)
+    assert abs(difference).max() < 1e-4
+
+
+def test_heads_that_no_architecture_holds(tmp_path):
+    def refused(task=None, **change):
+        config = replace(PLAIN, **change)
+        with pytest.raises(CheckpointError) as found:
+            save_hf(tmp_path / "out", config, jax.device_put(ours(config)), task=task)
+        return str(found.value)
+
+    both = {"head": "label", "num_labels": 3, "bidirectional": True}
+    words = "GPT2ForTokenClassification: model.bidirectional = True"
+    assert words in refused("entities", **both)
+    words = "GPT2ForQuestionAnswering: model.positions = 'rope'"
+    assert words in refused(head="span", positions="rope")
+    assert "as model.width = 32" in refused(head="label", num_labels=40)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_names_of_labels_that_are_no_list_are_refused(transformers, tmp_path):
+    model = head_model(transformers, "SequenceClassification", {"num_labels": 2})
+    model.save_pretrained(tmp_path / "it")
+    assert read_hf_labels(tmp_path / "it") == ("classify", ("LABEL_0", "LABEL_1"))
+    for names in ({"0": "a", "2": "b"}, {"0": 1}, {}, ["a"]):
+        other = rewrite(tmp_path / "it", tmp_path / "other", {"id2label": names})
+        with pytest.raises(CheckpointError, match="does not name every label from 0 on"):
+            load_hf(other)
+        shutil.rmtree(other)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -304,7 +421,7 @@ def test_what_is_written_wrong_is_not_kept(tmp_path, monkeypatch):
     names = [f"blocks/{norm}/scale" for norm in ("attention_norm", "ffn_norm")]
     places |= zip(names, [places[name] for name in reversed(names)], strict=True)
     wrong = architectures.GPT2._replace(places=places)
-    monkeypatch.setattr("gptjax.hf.closest", lambda config: wrong)
+    monkeypatch.setattr("gptjax.hf.closest", lambda config, task: wrong)
     with pytest.raises(CheckpointError, match="logits that differ by up to"):
         save_hf(tmp_path / "out", PLAIN, jax.device_put(ours(PLAIN)))
     assert not [*tmp_path.iterdir()]
@@ -322,6 +439,7 @@ def rewrite(folder, to, change):
     "change, words",
     [
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        ({"architectures": [CLASSES], "problem_type": "regression"}, "problem_type = 'regression'"),
         ({"model_type": "bloom"}, "model_type = 'bloom': give a model of gpt2, openai-gpt"),
         ({"activation_function": "mish"}, "the activation 'mish'"),
         ({"n_layer": "2"}, "model.num_layers = '2': must be a whole number"),

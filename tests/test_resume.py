@@ -20,6 +20,7 @@ from gptjax.config import (
     MixtureConfig,
     OptimizerConfig,
     SampleConfig,
+    TaskConfig,
 )
 from gptjax.events import read_events
 from gptjax.faults import arm
@@ -75,12 +76,25 @@ def kinds(config, before=BEFORE, step=10):
         ("data", {"path": ("b.txt",), "holdout": 0.2, "deduplicate": True}, "data"),
         ("data", {"shuffle": False}, "fatal"),
         ("data", {"skip": ((11, 12),)}, "free"),
+        ("task", {"test": ("c.tsv",), "patience": 3, "max_answer": 9}, "free"),
+        ("task", {"label_smoothing": 0.1}, "config"),
+        ("task", {"train": ("b.tsv",), "text_column": "said", "on_bad_example": "skip"}, "data"),
+        ("task", {"several": True, "labels": ("a", "b"), "separator": " "}, "fatal"),
     ],
 )
 def test_what_a_change_means(part, changes, kind):
     config = with_part(BEFORE, part, **changes) if part else replace(BEFORE, **changes)
     names = {f"{part}.{name}" if part else name for name in changes}
     assert kinds(config) == dict.fromkeys(names, kind)
+
+
+def test_a_converted_run_has_seen_no_data_but_its_head_has_labels():
+    before = Config(task=TaskConfig(kind="classify", labels=("bad", "good")))
+    task = replace(before.task, train=("a.tsv",), text_column="said", separator=" ")
+    assert not kinds(replace(BEFORE, task=task, seed=1), before)
+    other = replace(task, labels=("good", "bad"))
+    assert kinds(replace(BEFORE, task=other), before) == {"task.labels": "fatal"}
+    assert not kinds(replace(BEFORE, task=other), replace(before, task=TaskConfig()))
 
 
 def test_no_field_is_forgotten():

@@ -130,6 +130,21 @@ def test_processes_stop_at_the_same_place(leave, begun):
     assert all(stop.request.done() for stop in stops)
 
 
+def test_a_last_act_that_hangs_does_not_keep_the_process(monkeypatch, capsys):
+    monkeypatch.setattr("gptjax.stop.LAST_ACTS_SECONDS", 0.2)
+    codes, hang = [], threading.Event()
+    monkeypatch.setattr("gptjax.stop.end_process", codes.append)
+    leave = Leaving(Events(None))
+    leave.after(hang.wait)
+    first = threading.Thread(target=leave, args=(43, "a peer is lost"))
+    first.start()
+    leave(1, "another thread, which comes second")
+    assert codes == [43]
+    assert capsys.readouterr().err == "gptjax: error[43]: a peer is lost\n"
+    hang.set()
+    first.join()
+
+
 def test_a_process_that_is_behind_waits_for_its_data(leave):
     stop = Stop(leave, alone=False)
     stop.begin()

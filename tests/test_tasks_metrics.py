@@ -226,6 +226,26 @@ def test_chinese_answers():
     assert answer_scores(["光荣和ω-force", "光荣"], "光荣", "cmrc") == (1.0, 1.0)
 
 
+def test_answers_as_cmrc():
+    """Exact match without signs, and F1 of the longest run of words that both have."""
+    rng = np.random.default_rng(0)
+
+    def f1(one: list[str], other: list[str]) -> float:
+        runs = {tuple(one[i:j]) for i in range(len(one)) for j in range(i + 1, len(one) + 1)}
+        found = [run for run in runs if any([*run] == other[i:][: len(run)] for i in range(9))]
+        return 2 * max(map(len, found), default=0) / (len(one) + len(other))
+
+    for _ in range(5000):
+        said, *right = (
+            [str(one) for one in rng.choice(["战", "国", "3", "fun", "ω"], rng.integers(1, 8))]
+            for _ in range(rng.integers(2, 4))
+        )
+        signs = [("", ""), ("《", "》")]
+        texts = [" ".join(one).join(signs[rng.integers(2)]) for one in (said, *right)]
+        expected = max(float(one == said) for one in right), max(f1(one, said) for one in right)
+        assert answer_scores(texts[1:], texts[0], "cmrc") == pytest.approx(expected), texts
+
+
 # --- written texts -----------------------------------------------------------------------------
 
 

@@ -23,6 +23,12 @@ ENDS = {
         (42, 1),
         5,
     ),
+    "cannot read": (
+        "batch_read:eio@4",
+        ("error[6]: peer failed: process 1: OSError: [Errno 5]", "error[6]: Input/output error"),
+        (6, 6),
+        5,
+    ),
     "is stuck": ("step_end:hang@4", (STUCK, STUCK), (44, 44), 5),
 }
 

@@ -911,7 +911,9 @@ WITHOUT_GUARDS = (
     "--guard.spike-window 0 --guard.cross-check-every None --guard.step-seconds None "
     "--guard.evaluate-seconds None --guard.start-seconds None --guard.save-seconds None"
 ).split()
-LARGE = "--model.width 512 --model.num-layers 5 --steps 1 --eval-every None".split()  # 200 MB
+LARGE = (  # 200 MB
+    "--model.width 512 --model.num-layers 5 --steps 1 --optimizer.warmup-steps 0 --eval-every None"
+).split()
 MOST_OVERHEAD = 1.05
 VERIFY_SECONDS = 2.0
 

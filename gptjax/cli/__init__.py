@@ -126,7 +126,7 @@ def run_verb(arguments: Sequence[str]) -> None:
         default = dataclasses.replace(default, config=load_experiment(target))
     if target and options is Check:
         default = dataclasses.replace(default, config=with_any_data(default.config))
-    if target and options is Evaluate:
+    if target and options in (Evaluate, Predict):
         default = dataclasses.replace(default, task=read_task(target))
     if options is Prepare and "--beam" in rest:
         place = rest.index("--beam")

@@ -26,7 +26,7 @@ class Chat:
     top_k: Count | None = None  # choose among the k likeliest
     top_p: Probability | None = None  # among the likeliest that have this probability together
     seed: Whole = 0  # of the draws
-    step: Whole | None = None  # of the checkpoint; None: the newest
+    step: Whole | None = None  # of the checkpoint; None: the best of a task, or the newest
     debug: bool = False  # show the traceback of an error
 
 

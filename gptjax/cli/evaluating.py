@@ -1,8 +1,10 @@
 """The verbs of labelled tasks: `gptjax evaluate`, and `gptjax predict RUN FILE --out FILE`."""
 
+import fcntl
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,7 +80,14 @@ def evaluate(run_dir: str, given: Evaluate) -> None:
 
 
 def predict_file(
-    run_dir: str, path: str, out: str, *, step: int | None, batch_size: int, max_tokens: int
+    run_dir: str,
+    path: str,
+    out: str,
+    task_given: TaskConfig,
+    *,
+    step: int | None,
+    batch_size: int,
+    max_tokens: int,
 ) -> None:
     """Write what the run says of each example of a file, a chunk at a time; what is written already
     is not said again.
@@ -86,23 +95,21 @@ def predict_file(
     from gptjax.prompting import Asking
     from gptjax.tasks import Problems
 
-    config = task_config(run_dir)
+    config = task_config(run_dir, task_given)
     problems = Problems(config.task.on_bad_example, path)
     task, _ = _task_of(config, 0)
+    if task.name in ("classify", "entities") and not task.labels:
+        raise ConfigError("the labels are not known: give --task.labels, or --task.train FILE")
     examples = iter(task.read((path,), problems, labelled=False))
-    done = _whole_lines(Path(out))
-    if sum(1 for _ in itertools.islice(examples, done)) < done:
-        raise ConfigError(
-            f"--out {out} has {done:,} lines, more than {path} has examples: give another --out"
-        )
-    how = Asking(batch_size=batch_size, max_tokens=max_tokens)
-    said = _Speaker(run_dir, config, task, step, how, ())
-    before = done
-    while chunk := list(itertools.islice(examples, CHUNK)):
-        predictions = said.of(chunk, problems)
-        problems.refuse()
-        _write_lines(Path(out), chunk, predictions, "a")
-        done += len(chunk)
+    with _alone(Path(out)):
+        before = done = _pass_over(examples, Path(out), path)
+        how = Asking(batch_size=batch_size, max_tokens=max_tokens)
+        said = _Speaker(run_dir, config, task, step, how, ())
+        while chunk := list(itertools.islice(examples, CHUNK)):
+            predictions = said.of(chunk, problems)
+            problems.refuse()
+            _write_lines(Path(out), chunk, predictions, "a")
+            done += len(chunk)
     problems.refuse()
     for line in problems.lines():
         print(line)
@@ -148,18 +155,18 @@ class _Speaker:
         """Read the parameters; of a step, or of the best that there is."""
         import jax
 
+        from gptjax.best import best_step
         from gptjax.checkpoint import Checkpoints
-        from gptjax.labelled import best_of, jit_label_step, with_head_of
+        from gptjax.labelled import jit_label_step, with_head_of
         from gptjax.loading import load_params
-        from gptjax.metrics import read_metrics
         from gptjax.model import resolve
         from gptjax.prompting import Model
         from gptjax.rundir import read_run
         from gptjax.sharding import make_mesh
 
-        _, tokenizer = read_run(Path(run_dir))
+        own, tokenizer = read_run(Path(run_dir))
         checkpoints, devices = Checkpoints(Path(run_dir)), jax.devices()[:1]
-        best = best_of(read_metrics(Path(run_dir)), config).step
+        best = best_step(Path(run_dir), own)
         if step is None and best in checkpoints.steps():
             step = best
         self.step = checkpoints.stored(step).step
@@ -211,14 +218,49 @@ def _task_of(config: Config, shots: int) -> "tuple[Task, list[Any]]":
     return task, examples
 
 
-def _whole_lines(path: Path) -> int:
-    """How many lines of a file are whole; what was being written when a process was killed goes."""
-    if not path.exists():
-        return 0
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    return content.count(b"\n")
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Be the only process that writes a file, as far as the system can tell."""
+    from gptjax.rundir import BusyError
+
+    with out.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"--out {out} is being written by another process: wait for it, or give another"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _pass_over(examples: "Iterator[Any]", out: Path, path: str) -> int:
+    """Pass over the examples that a file has whole lines of, and count them; what was being written
+    when a process was killed goes.
+
+    Raises:
+      ConfigError: if the lines are of other examples; nothing is changed.
+    """
+    done = size = 0
+    with out.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            example = next(examples, None)
+            begins = None if example is None else _line(example, {})[:-1].encode()
+            if begins is None or not line.startswith(begins):
+                raise ConfigError(
+                    f"--out {out}: its line {done + 1:,} does not say of {path} what comes "
+                    "there: give another --out, or delete it"
+                )
+            done, size = done + 1, size + len(line)
+        file.truncate(size)
+    return done
+
+
+def _line(example: Any, said: "Prediction") -> str:
+    return json.dumps({"where": example.where} | said, ensure_ascii=False)
 
 
 def _write_lines(
@@ -227,5 +269,4 @@ def _write_lines(
     """A line of JSON for each example: where it was read, and what was said."""
     with path.open(mode, encoding="utf-8") as file:
         for example, said in zip(examples, predictions, strict=True):
-            line = {"where": example.where} | ({"too_long": True} if said is None else said)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(_line(example, {"too_long": True} if said is None else said) + "\n")

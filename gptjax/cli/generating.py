@@ -3,13 +3,13 @@
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gptjax.cli.evaluating import predict_file
+from gptjax.cli.evaluating import predict_file, read_task
 from gptjax.cli.runs import load_model, token_text
 from gptjax.config import (
     ConfigError,
@@ -18,6 +18,7 @@ from gptjax.config import (
     NotNegative,
     Positive,
     Probability,
+    TaskConfig,
     Whole,
     refuse,
 )
@@ -63,7 +64,7 @@ class Generate:
     stride: Count | None = None
     seed: Whole = 0  # of the draws
     num_samples: Count = 1  # of each prompt; with beams, the best ones
-    step: Whole | None = None  # of the checkpoint; None: the newest
+    step: Whole | None = None  # of the checkpoint; None: the best of a task, or the newest
     debug: bool = False  # show the traceback of an error
 
 
@@ -80,8 +81,8 @@ class Predict:
     out: str | None = None
     batch_size: Count = 16  # with --out: rows, or texts, at a time
     max_tokens: Count = 64  # with --out: of a text that is written
-    # of the checkpoint; None: the newest, or with --out the best
-    step: Whole | None = None
+    step: Whole | None = None  # of the checkpoint; None: the best of a task, or the newest
+    task: TaskConfig = field(default_factory=TaskConfig)  # with --out: how the file is read
     debug: bool = False  # show the traceback of an error
 
 
@@ -207,11 +208,14 @@ def predict(run_dir: str, given: Predict) -> None:
             run_dir,
             given.text,
             given.out,
+            given.task,
             step=given.step,
             batch_size=given.batch_size,
             max_tokens=given.max_tokens,
         )
         return
+    if given.task != read_task(run_dir):
+        raise ConfigError("--task.*: it says how a file is read: give --out FILE for what is said")
     import numpy as np
 
     from gptjax.decoding import next_token_logits

@@ -25,7 +25,9 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Prune:
-    """Remove what the run directory RUN has no use for: leftovers, and old steps if you say so."""
+    """Remove what the run directory RUN has no use for: leftovers, and old steps if you say so;
+    never the newest step, nor the best one of a task.
+    """
 
     # steps that stay: the newest ones; None: all of them, or 1 with --keep-every
     keep_last: Count | None = None
@@ -183,13 +185,18 @@ def _table(rows: Sequence[tuple[str, ...]], numbers: int) -> str:
 
 def prune(run_dir: str, given: Prune) -> None:
     """Remove leftovers and old steps, and say how many bytes that frees."""
+    from gptjax.best import best_step
     from gptjax.checkpoint import Checkpoints
     from gptjax.rundir import RunLock, read_run
 
-    read_run(Path(run_dir))  # refuses what is no run directory
+    config, _ = read_run(Path(run_dir))  # refuses what is no run directory
+    best = best_step(Path(run_dir), config)
     with nullcontext() if given.dry_run else RunLock(Path(run_dir)):
         removed = Checkpoints(Path(run_dir)).prune(
-            keep_last=given.keep_last, keep_every=given.keep_every, dry_run=given.dry_run
+            keep=() if best is None else (best,),
+            keep_last=given.keep_last,
+            keep_every=given.keep_every,
+            dry_run=given.dry_run,
         )
     for path, size in removed:
         print(f"{size:>15,}  {path}")

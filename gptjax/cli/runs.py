@@ -1,8 +1,9 @@
 """The verb that makes a run: `gptjax train`."""
 
 import dataclasses
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
     from gptjax.config import GPTConfig
     from gptjax.model import Params
     from gptjax.tokenizer import Tokenizer
+
+# Variables in which launchers say how many processes there are, and what makes JAX see them.
+LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "use Open MPI 4",
+    "PMI_SIZE": "use Open MPI 4",
+    "SLURM_NTASKS": "start it by srun",
+}
 
 
 @dataclass(frozen=True)
@@ -115,17 +123,36 @@ def launch_problems(given: Train) -> Iterator[str]:
 
 def _join_processes(given: Train) -> None:
     """Find the other processes of the run, if there are any."""
+    import jax
+
     from gptjax.watchdog import join_processes
 
     try:
         join_processes(given.coordinator, given.num_processes, given.process_id)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         # JAX's words when it was given no address and sees no cluster: this is the only process.
-        if "coordinator_address" not in str(error):
+        alone = "coordinator_address" in str(error)
+        what = _launched(os.environ) if alone else f"the cluster does not say all ({error}):"
+        if what:
             raise ConfigError(
-                f"the cluster does not say all that is needed ({error}): give --coordinator, "
-                "--num-processes and --process-id"
+                f"{what} give --coordinator HOST:PORT of the first process, --num-processes and "
+                "--process-id"
             ) from error
+
+
+def _launched(environment: Mapping[str, str]) -> str:
+    """What a launcher says of other processes where JAX sees none, and what may help.
+
+    Each of them would train alone, in the same run directory.
+    """
+    for variable, remedy in LAUNCHERS.items():
+        if (count := environment.get(variable, "1")) != "1":
+            return f"{variable} = {count}, but JAX sees no other process: {remedy}, or"
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
+        return "this is a pod of a Job, but JAX sees no other: install jax[k8s], or"
+    return ""
 
 
 def token_text(tokenizer: "Tokenizer", token: int) -> str:

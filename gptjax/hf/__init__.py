@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -11,17 +13,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import GPTConfig, MeshConfig
-from gptjax.hf.architectures import Architecture, closest, read_model
+from gptjax.config import GPTConfig, MeshConfig, TuneConfig
+from gptjax.hf.adapters import Adapters, base_of, is_peft, read_adapters, write_adapters
+from gptjax.hf.architectures import Architecture, closest, label_names, read_model
 from gptjax.hf.tensors import find_tensors, read_object, write_tensors
 from gptjax.hf.tokenizers import write_tokenizer
-from gptjax.hf.weights import check_tensors, made_tensors, mesh_of, read_params
+from gptjax.hf.weights import (
+    check_tensors,
+    made_tensors,
+    mesh_of,
+    read_params,
+    without_label_bias,
+)
 from gptjax.model import Params, forward
 from gptjax.rundir import CheckpointError, sync
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
 
-__all__ = ["is_hf", "load_hf", "read_hf_config", "save_hf"]
+__all__ = [
+    "Adapters",
+    "base_of",
+    "is_hf",
+    "is_peft",
+    "load_hf",
+    "read_adapters",
+    "read_hf_config",
+    "read_hf_labels",
+    "save_adapters",
+    "save_hf",
+]
 
 SHARD_BYTES = 5_000_000_000  # most bytes of a file of tensors, as in Transformers
 TOLERANCE = 1e-4  # of logits, as a part of the largest: what a scale that is folded in may round
@@ -42,6 +62,18 @@ def read_hf_config(folder: Path) -> GPTConfig:
     return _read_config(folder)[1]
 
 
+def read_hf_labels(folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """What the head of a folder's model is for, as `task.kind` has it, and the names of its labels;
+    None and () if it says tokens.
+
+    Raises:
+      CheckpointError: if there is no such model, or it cannot be read.
+    """
+    task = _read_config(folder)[0].task
+    values = read_object(folder / "config.json")
+    return task, label_names(values) if task in ("classify", "entities") else ()
+
+
 def load_hf(
     folder: Path | str,
     mesh: Mesh | None = None,
@@ -49,7 +81,8 @@ def load_hf(
     *,
     vocab_multiple: int = 64,
 ) -> tuple[GPTConfig, Params]:
-    """A model of GPT-2, GPT-1, GPT-Neo, Llama or Mistral, from config.json and safetensors.
+    """A model of GPT-2, GPT-1, GPT-Neo, Llama or Mistral, from config.json and safetensors; of
+    GPT-2 also with a head for classes of a text, for tags, or for passages.
 
     Each tensor is read straight to where it is to lie, so there is never a second copy of all.
 
@@ -94,6 +127,9 @@ def save_hf(
     tokenizer: Tokenizer | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     shard_bytes: int = SHARD_BYTES,
+    *,
+    task: str | None = None,
+    labels: Sequence[str] = (),
 ) -> str:
     """Write a folder that Transformers opens as it is; its class there.
 
@@ -106,20 +142,68 @@ def save_hf(
       tokenizer: its files are written, too; None: no files.
       dtype: of the tensors.
       shard_bytes: most bytes of a file of tensors.
+      task: `task.kind` of a head of labels: "entities" if it tags each token.
+      labels: their names, in the order of the head's outputs; (): they are numbered.
     Raises:
       CheckpointError: if no architecture holds the model, with the options in the way; if the
         folder is not empty; or if what was written is not the model. Then nothing is left.
     """
-    folder = Path(folder).absolute()
-    architecture = closest(config)
+    architecture = closest(config, task)
+    params = without_label_bias(params, architecture) if params else params
+    with _whole(Path(folder).absolute()) as new:
+        _write(new, architecture, config, params, tokenizer, dtype, shard_bytes, labels)
+        _check(new, config, params, dtype)
+    return architecture.name
+
+
+def save_adapters(
+    folder: Path | str,
+    config: GPTConfig,
+    tune: TuneConfig,
+    params: Params,
+    base: Path | str,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    *,
+    task: str | None = None,
+    labels: Sequence[str] = (),
+) -> tuple[str, dict[str, int]]:
+    """Write adapters alone, with the head of a task, as PEFT opens them on their base.
+
+    Args:
+      folder: not there yet, or empty.
+      config: the model.
+      tune: how the adapters were trained.
+      params: of a run with adapters.
+      base: the run, or the folder of Transformers, whose weights they change.
+      dtype: of the tensors.
+      task: as of `save_hf`.
+      labels: likewise.
+    Returns:
+      the class of the model in Transformers, and the rank of each kind of module that has an
+      adapter.
+    Raises:
+      CheckpointError: as `save_hf` does.
+    """
+    architecture, base = closest(config, task), Path(base).absolute()
+    if config.head == "lm" and is_hf(base):
+        architecture = _read_config(base)[0]
+    params = without_label_bias(params, architecture)
+    with _whole(Path(folder).absolute()) as new:
+        given = (new, architecture, config, tune, params, dtype)
+        ranks = write_adapters(*given, base=base, labels=labels)
+    return architecture.name, ranks
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes this one if nothing is raised."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: is there already; give another folder, or delete it")
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        _write(new, architecture, config, params, tokenizer, dtype, shard_bytes)
-        _check(new, config, params, dtype)
+        yield new
         sync(new)
         if folder.exists():
             folder.rmdir()
@@ -127,10 +211,9 @@ def save_hf(
     finally:
         shutil.rmtree(new, ignore_errors=True)
     sync(folder.parent)
-    return architecture.name
 
 
-def _write(folder, architecture, config, params, tokenizer, dtype, shard_bytes) -> None:
+def _write(folder, architecture, config, params, tokenizer, dtype, shard_bytes, labels) -> None:
     write_tensors(folder, made_tensors(params, architecture, config), dtype, shard_bytes)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer:
@@ -142,8 +225,13 @@ def _write(folder, architecture, config, params, tokenizer, dtype, shard_bytes) 
         write_tokenizer(folder, tokenizer, config)
     options = {"architectures": [architecture.name], "model_type": architecture.model_type}
     options |= architecture.write(config) | special | {"dtype": dtype, "torch_dtype": dtype}
+    if config.num_labels:
+        names = labels or label_names({"num_labels": config.num_labels})
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {name: number for number, name in enumerate(names)}
     _write_json(folder / "config.json", options)
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+    if architecture.task is None:
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
 
 
 def _write_json(path: Path, values: dict) -> None:

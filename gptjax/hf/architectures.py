@@ -4,9 +4,10 @@ One table for each says of every parameter of ours in which tensor it is and how
 it is read in both directions.
 """
 
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gptjax.config import Config, GPTConfig, violations
 from gptjax.rundir import CheckpointError
@@ -33,6 +34,9 @@ class Architecture(NamedTuple):
     read: Callable[[dict[str, Any]], GPTConfig]  # options of config.json to a model
     write: Callable[[GPTConfig], dict[str, Any]]  # and back
     obstacles: Callable[[GPTConfig], Iterator[str]]  # what of a model it cannot hold
+    # what its head is for: a class of the text, or of each token, or the ends of a passage; None:
+    # the token that follows
+    task: Literal["classify", "entities", "questions"] | None = None
 
     def expected(self, config: GPTConfig) -> dict[str, Place]:
         """The places that its tensors have for a model, by the paths of the parameters."""
@@ -45,10 +49,13 @@ class Architecture(NamedTuple):
         }
 
     def full_name(self, name: str) -> str:
-        return name if name == LM_HEAD else self.prefix + name
+        return name if name in HEADS else self.prefix + name
 
 
 UNEMBEDDING, LM_HEAD = "head/unembedding", "lm_head.weight"
+# Tensors without the prefix.
+HEADS = (LM_HEAD, "score.weight", "classifier.weight", "classifier.bias")
+HEADS += ("qa_outputs.weight", "qa_outputs.bias")
 # Tensors that some versions wrote and that are no parameters: masks, position ids, frequencies.
 BUFFERS = (".attn.bias", "attn.masked_bias", ".attention.bias", "attention.masked_bias")
 BUFFERS += ("position_ids", "rotary_emb.inv_freq")
@@ -151,7 +158,6 @@ def _original_obstacles(config: GPTConfig) -> Iterator[str]:
     """What none of the architectures with learned positions holds."""
     yield from _differs(
         config,
-        head=("lm",),
         positions=("learned",),
         norm=("layernorm",),
         activation=("gelu", "gelu_exact", "relu", "silu"),
@@ -185,6 +191,59 @@ GPT2 = Architecture(
     read=_read_gpt2,
     write=_write_gpt2,
     obstacles=_gpt2_obstacles,
+)
+
+# Of heads of classes.
+PROBLEM_TYPES = {"label": "single_label_classification", "labels": "multi_label_classification"}
+_GPT2_TRUNK = {path: place for path, place in _GPT2_PLACES.items() if path != UNEMBEDDING}
+
+
+def _read_labels(given: dict[str, Any]) -> GPTConfig:
+    head = "labels" if given["problem_type"] == PROBLEM_TYPES["labels"] else "label"
+    return replace(_read_gpt2(given), head=head, num_labels=len(label_names(given)))
+
+
+def _write_labels(config: GPTConfig) -> dict[str, Any]:
+    return _write_gpt2(config) | {"problem_type": PROBLEM_TYPES[config.head]}
+
+
+def _label_obstacles(config: GPTConfig) -> Iterator[str]:
+    yield from _gpt2_obstacles(config)
+    yield from _differs(config, bidirectional=(False,))
+
+
+# It reads the class at the last token that is no padding; its head has no bias, so ours is held by
+# that of the last norm.
+GPT2_CLASSES = GPT2._replace(
+    name="GPT2ForSequenceClassification",
+    places=_GPT2_TRUNK | {"head/label": Place("score.weight", "C D")},
+    defaults=GPT2.defaults | {"problem_type": None},
+    only=GPT2.only | {"problem_type": (None, *PROBLEM_TYPES.values())},
+    read=_read_labels,
+    write=_write_labels,
+    obstacles=_label_obstacles,
+    task="classify",
+)
+GPT2_TAGS = GPT2_CLASSES._replace(
+    name="GPT2ForTokenClassification",
+    places=_GPT2_TRUNK
+    | {
+        "head/label": Place("classifier.weight", "C D"),
+        "head/label_bias": Place("classifier.bias", "C"),
+    },
+    write=_write_gpt2,
+    task="entities",
+)
+GPT2_PASSAGES = GPT2._replace(
+    name="GPT2ForQuestionAnswering",
+    places=_GPT2_TRUNK
+    | {
+        "head/label": Place("qa_outputs.weight", "C D"),
+        "head/label_bias": Place("qa_outputs.bias", "C"),
+    },
+    read=lambda given: replace(_read_gpt2(given), head="span"),
+    obstacles=_label_obstacles,
+    task="questions",
 )
 
 
@@ -462,7 +521,6 @@ def _write_llama(config: GPTConfig) -> dict[str, Any]:
 def _rotary_obstacles(config: GPTConfig) -> Iterator[str]:
     yield from _differs(
         config,
-        head=("lm",),
         positions=("rope",),
         norm=("rmsnorm",),
         norm_place=("before",),
@@ -533,7 +591,8 @@ MISTRAL = LLAMA._replace(
     obstacles=_mistral_obstacles,
 )
 
-ARCHITECTURES = (GPT2, GPT1, NEO, LLAMA, MISTRAL)
+# Of one model_type the first is read unless config.json names another.
+ARCHITECTURES = (GPT2, GPT2_CLASSES, GPT2_TAGS, GPT2_PASSAGES, GPT1, NEO, LLAMA, MISTRAL)
 
 
 # --- from config.json to a model and back --------------------------------------------------------
@@ -545,10 +604,11 @@ def read_model(values: dict[str, Any]) -> tuple[Architecture, GPTConfig]:
     Raises:
       CheckpointError: if it is none of ours, or has options that no model of ours has.
     """
-    kind = values.get("model_type")
-    architecture = next((one for one in ARCHITECTURES if one.model_type == kind), None)
+    kind, names = values.get("model_type"), values.get("architectures") or ()
+    of_kind = [one for one in ARCHITECTURES if one.model_type == kind]
+    architecture = next((one for one in of_kind if one.name in names), next(iter(of_kind), None))
     if architecture is None:
-        known = ", ".join(one.model_type for one in ARCHITECTURES)
+        known = ", ".join(dict.fromkeys(one.model_type for one in ARCHITECTURES))
         raise CheckpointError(f"config.json: model_type = {kind!r}: give a model of {known}")
     problems = [
         f"{name} = {values[name]!r}, and only {' or '.join(map(repr, allowed))} can be read"
@@ -567,18 +627,45 @@ def read_model(values: dict[str, Any]) -> tuple[Architecture, GPTConfig]:
     return architecture, config
 
 
-def closest(config: GPTConfig) -> Architecture:
+def label_names(values: dict[str, Any]) -> tuple[str, ...]:
+    """The labels that a config.json names, in the order of the head's outputs; without names they
+    are called as Transformers calls them.
+
+    Raises:
+      CheckpointError: if they are no numbered list.
+    """
+    given = values.get("id2label")
+    if given is None:
+        return tuple(f"LABEL_{number}" for number in range(values.get("num_labels", 2)))
+    try:
+        by_number = {int(number): name for number, name in given.items()}
+        names = tuple(by_number[number] for number in range(len(given)))
+        if names and {type(name) for name in names} == {str}:
+            return names
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise CheckpointError(
+        f"config.json: id2label = {reprlib.repr(given)} does not name every label from 0 on"
+    )
+
+
+def closest(config: GPTConfig, task: str | None = None) -> Architecture:
     """The architecture that holds a model.
 
+    Args:
+      task: what a head of labels is for, as `Architecture.task`; None: as far as the head says.
     Raises:
       CheckpointError: if none does, with what is in the way of each.
     """
-    in_the_way = [[*one.obstacles(config)] for one in ARCHITECTURES]
+    if config.head != "label" or task is None:
+        task = {"lm": None, "span": "questions"}.get(config.head, "classify")
+    known = [one for one in ARCHITECTURES if one.task == task]
+    in_the_way = [[*one.obstacles(config)] for one in known]
     if [] in in_the_way:
-        return ARCHITECTURES[in_the_way.index([])]
+        return known[in_the_way.index([])]
     lines = [
         f"  - {one.name}: {', '.join(obstacles)}"
-        for one, obstacles in zip(ARCHITECTURES, in_the_way, strict=True)
+        for one, obstacles in zip(known, in_the_way, strict=True)
     ]
     raise CheckpointError(
         "no architecture of Transformers holds this model. In the way of\n" + "\n".join(lines)

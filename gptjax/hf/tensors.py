@@ -263,18 +263,19 @@ def write_tensors(folder: Path, tensors: Iterable[Made], dtype: str, shard_bytes
         shards[-1].append(one)
         sizes[-1] += num_bytes
     if len(shards) == 1:
-        _write_file(folder / SINGLE_NAME, shards[0], dtype)
+        write_file(folder / SINGLE_NAME, shards[0], dtype)
         return
     where = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(folder / name, shard, dtype)
+        write_file(folder / name, shard, dtype)
         where |= {one[0]: name for one in shard}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, tensors: list[Made], dtype: str) -> None:
+def write_file(path: Path, tensors: list[Made], dtype: str) -> None:
+    """Write tensors to one file."""
     header, place = {"__metadata__": {"format": "pt"}}, 0
     name_of_dtype = NAMES_OF_DTYPES[dtype]
     for name, shape, _ in tensors:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -120,7 +121,11 @@ def read_params(
     made = {}
     # The largest come first: what is read then lies beside least else.
     for path in sorted(leaves, key=lambda path: -leaves[path].size):
-        place, shape = architecture.places[path], leaves[path].shape
+        shape, sharding = leaves[path].shape, leaves[path].sharding
+        if path not in architecture.places:  # a bias that it does not have
+            made[path] = jnp.zeros(shape, dtype, device=sharding)
+            continue
+        place = architecture.places[path]
         names = _names(path, place, architecture, config.num_layers)
         part = functools.partial(
             _part,
@@ -131,7 +136,7 @@ def read_params(
             config=config,
             dtype=dtype,
         )
-        made[path] = jax.make_array_from_callback(shape, leaves[path].sharding, part)
+        made[path] = jax.make_array_from_callback(shape, sharding, part)
         jax.block_until_ready(made[path])
     return jax.tree.unflatten(jax.tree.structure(like), [made[path] for path in leaves])
 
@@ -241,6 +246,30 @@ def made_tensors(params: Params, architecture: Architecture, config: GPTConfig) 
     for name in sorted(by_name, key=_in_order):
         parts = by_name[name]
         yield name, _shape(parts[0][1], sizes), lambda parts=parts: make(parts)
+
+
+def without_label_bias(params: Params, architecture: Architecture) -> Params:
+    """The same model without a bias of its labels, where an architecture has none: what the bias of
+    the last norm adds to the logits grows by as much.
+
+    Raises:
+      CheckpointError: if that cannot add what is wanted, as of more labels than `model.width`.
+    """
+    bias_C = params["head"].get("label_bias")
+    if bias_C is None or "head/label_bias" in architecture.places:
+        return params
+    head = dict(params["head"])
+    label_DC, bias_C = (np.asarray(head[name], np.float64) for name in ("label", "label_bias"))
+    added_D = np.linalg.lstsq(label_DC.T, bias_C)[0]
+    if not np.allclose(added_D @ label_DC, bias_C, rtol=0, atol=1e-6 * max(abs(bias_C).max(), 1)):
+        raise CheckpointError(
+            f"{architecture.name} has no bias of its labels, and that of {len(bias_C):,} labels "
+            f"cannot be held by the last norm's, as model.width = {len(label_DC):,}: train the "
+            "head of a model with model.bias = False"
+        )
+    norm = head["norm"] | {"bias": head["norm"]["bias"] + jnp.float32(added_D)}
+    head["label_bias"] = jnp.zeros_like(head["label_bias"])
+    return params | {"head": head | {"norm": norm}}
 
 
 def _in_order(name: str) -> list:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data import Batch, batch_number, permute
+from gptjax.data import Batch, Which, batch_number, permute
 from gptjax.sources import DataError
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.task import Encoded, Task
@@ -182,7 +182,7 @@ class ExampleRows:
         """The batch that a step sees, both counted from 0."""
         return batch_number(step, self.skip)
 
-    def _rows_at(self, step: int, which: slice) -> np.ndarray:
+    def _rows_at(self, step: int, which: Which) -> np.ndarray:
         """The rows of a batch; -1 for those past the end."""
         drawn = self.batch_number(step) * self.batch_size + np.arange(self.batch_size)[which]
         epoch, index = np.divmod(drawn, max(self.num_rows, 1))
@@ -190,7 +190,7 @@ class ExampleRows:
             index = permute(index, max(self.num_rows, 1), self.seed, epoch)
         return np.where((epoch > 0) & self.once | (self.num_rows == 0), -1, index)
 
-    def places_at(self, step: int, *, which: slice) -> list[Place]:
+    def places_at(self, step: int, *, which: Which) -> list[Place]:
         """Where the rows `which` of the batch of a step have which examples."""
         order, bounds = self._by_row
         places = []
@@ -201,9 +201,9 @@ class ExampleRows:
                 places.append(Place(place, start, start + length, number))
         return places
 
-    def batch_at(self, step: int, *, which: slice) -> Batch:
+    def batch_at(self, step: int, *, which: Which) -> Batch:
         """The rows `which` of the global batch of a step, counted from 0; a pure function."""
-        shape = (len(range(self.batch_size)[which]), self.context_size)
+        shape = (len(np.arange(self.batch_size)[which]), self.context_size)
         batch = Batch(
             tokens_BT=np.full(shape, self.pad, np.int32),
             targets_BT=np.zeros(shape, np.int32),
