@@ -32,7 +32,6 @@ from gptjax.sharding import (
     from_between,
     gather,
     parts,
-    read_from,
     stored,
     to_between,
 )
@@ -288,9 +287,9 @@ class Embedding(Layer):
         mistake: see `forward`.
         """
         init = nn.initializers.normal(self.config.initial_scale)
-        x_BTD = read_from(self.weight("tokens", "VD", init), "VD")[tokens_BT]
+        x_BTD = self.weight("tokens", "VD", init)[tokens_BT]
         if self.config.positions == "learned":
-            x_BTD += read_from(self.weight("positions", "PD", init), "PD")[positions_BT]
+            x_BTD += self.weight("positions", "PD", init)[positions_BT]
         return before_blocks(drop(x_BTD, self.config.dropout, keys_B), self.config)
 
 

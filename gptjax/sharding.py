@@ -113,15 +113,6 @@ def gather(x: jax.Array, letters: str) -> jax.Array:
     return _move(x, letters, "stored", "in use")
 
 
-def read_from(x: jax.Array, letters: str) -> jax.Array:
-    """A parameter in use of which rows are read: their gradients are added to one as it is in use.
-
-    Otherwise XLA would add them to one as it is stored, and for that make them whole on every
-    device.
-    """
-    return _move(x, letters, "in use", "in use")
-
-
 def from_between(x: jax.Array, letters: str) -> jax.Array:
     """Bring a tensor from how it is between blocks to how it is used, and its gradient back: an
     all-gather, and a reduce-scatter.

@@ -174,7 +174,9 @@ def test_keys_of_each_part_of_the_rows_are_found(monkeypatch):
 @pytest.mark.slow
 def test_a_wrong_rule_is_found(monkeypatch):
     monkeypatch.setitem(gptjax.sharding.STORED, "F", ())
-    found = "^layout: moments/1/mu/blocks/ffn/down LFD stored: device 0 .* has 0:128 of F, but split "
+    found = (
+        "^layout: moments/1/mu/blocks/ffn/down LFD stored: device 0 .* has 0:128 of F, but split "
+    )
     with pytest.raises(DifferenceError, match=found):
         compare(small_copy(mesh=MeshConfig(data=1, tensor=2)))
 
