@@ -166,6 +166,7 @@ def pipeline_blocks(
         in_specs=(by_stage, by_stage, whole),
         out_specs=PartitionSpec(None, "pipe") if split > 1 else whole,
         axis_names={"pipe"},
+        check_vma=False,  # a ring over context is a shard_map of its own, and says nothing of pipe
     )(blocks_L, x_PBTD, places)
     return between(y.reshape(x_BTD.shape).astype(x_BTD.dtype), config)
 

@@ -208,10 +208,8 @@ def jit_train_step(
     )
 
 
-def compile_train_step(
-    config: Config, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The step that `jit_train_step` returns, compiled before there is a state or a batch."""
+def trace_train_step(config: Config, mesh: Mesh) -> jax.stages.Traced:
+    """The step that `jit_train_step` returns, traced before there is a state or a batch."""
     sharding = in_use(mesh, "BT")
     shape = (config.batch_size, config.model.context_size)
     batch = Batch(
@@ -222,4 +220,4 @@ def compile_train_step(
             for name in Batch._fields
         ]
     )
-    return jit_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()
+    return jit_train_step(config, mesh).trace(abstract_state(config, mesh), batch)

@@ -58,6 +58,7 @@ ORDER = (
     "stop",
     "watchdog",
     "step",
+    "compiled",
     "resume",
     "clock",
     "summary",

@@ -17,6 +17,7 @@ from gptjax.config import Config, MeshConfig, OptimizerConfig, TuneConfig
 from gptjax.decoding import generate
 from gptjax.evaluate import jit_eval_step
 from gptjax.labelled import jit_label_step
+from gptjax.model import abstract_params
 from gptjax.pipeline import Schedule, _to_groups, describe_pipeline
 from gptjax.sampling import Sampling
 from gptjax.sharding import make_mesh, to_devices
@@ -120,45 +121,37 @@ def steps_of(config):
     return metrics, state
 
 
-def cases(*values):
-    """Parameters with short names, all but the first two of them slow."""
-    return [
-        pytest.param(
-            *value,
-            id=" ".join(f"{name}={one}" for part in value[1:] for name, one in part.items()),
-            marks=[pytest.mark.slow] if number >= 2 else [],
-        )
-        for number, value in enumerate(values)
-    ]
-
-
 @pytest.mark.parametrize(
     "model, change, mesh",
-    cases(
+    [
         (DROPPING, {}, {"pipe": 4, "rounds": 2, "microbatches": 4}),
-        (MODERN, {}, {"data": 2, "fsdp": 2, "pipe": 2, "rounds": 2, "microbatches": 2}),
-        (DROPPING, {"remat": "full"}, {"data": 2, "pipe": 4, "rounds": 2, "microbatches": 2}),
-        (DROPPING, {"remat": "none"}, {"pipe": 2, "rounds": 2, "microbatches": 1}),
-        (MODERN, {"remat": "full"}, {"pipe": 4, "microbatches": 2}),
-        (MODERN, {"remat": "none"}, {"pipe": 2, "rounds": 2, "microbatches": 4}),
-        (PLAIN, {}, {"pipe": 2}),
-        (PLAIN, {}, {"data": 2, "fsdp": 2, "pipe": 2, "rounds": 4}),
-        (
-            DROPPING,
-            {"context_attention": "ring"},
-            {"tensor": 2, "context": 2, "pipe": 2, "rounds": 2, "microbatches": 2},
-        ),
-        (
-            MODERN,
-            {"context_attention": "ring", "split_residual": True},
-            {"tensor": 2, "context": 2, "pipe": 2, "rounds": 2, "microbatches": 4},
-        ),
-        (
-            MODERN,
-            {"context_attention": "all_gather"},
-            {"tensor": 2, "context": 2, "pipe": 2, "microbatches": 2},
-        ),
-        (LABEL, {}, {"fsdp": 2, "pipe": 4, "rounds": 2, "microbatches": 2}),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (MODERN, {}, {"data": 2, "fsdp": 2, "pipe": 2, "rounds": 2, "microbatches": 2}),
+                (DROPPING, {"remat": "full"}, {"data": 2, "pipe": 4, "rounds": 2}),
+                (MODERN, {"remat": "none"}, {"pipe": 2, "rounds": 2, "microbatches": 1}),
+                (LABEL, {}, {"fsdp": 2, "pipe": 4, "microbatches": 2}),
+                (
+                    DROPPING,
+                    {"context_attention": "ring"},
+                    {"tensor": 2, "context": 2, "pipe": 2, "rounds": 2, "microbatches": 2},
+                ),
+                (
+                    MODERN,
+                    {"context_attention": "ring", "split_residual": True, "remat": "full"},
+                    {"tensor": 2, "context": 2, "pipe": 2, "microbatches": 4},
+                ),
+                (
+                    MODERN,
+                    {"context_attention": "all_gather"},
+                    {"context": 2, "pipe": 2, "rounds": 2, "microbatches": 2},
+                ),
+            )
+        ],
+    ],
+    ids=lambda value: (
+        " ".join(f"{name}={one}" for name, one in value.items()) if isinstance(value, dict) else ""
     ),
 )
 def test_twenty_steps_of_a_pipeline_are_those_of_one_device(model, change, mesh):
@@ -185,7 +178,6 @@ def gradients(config):
 @pytest.mark.parametrize(
     "model, fields",
     [
-        (DROPPING, {"mesh": INTERLEAVED}),
         (MODERN, {"mesh": MeshConfig(fsdp=2, pipe=2, rounds=2), "accumulate": 2}),
         (LABEL, {"mesh": INTERLEAVED, "tune": TuneConfig(layers=4)}),
     ],
@@ -200,8 +192,7 @@ def test_every_gradient_is_that_of_one_device(model, fields):
 
 
 def test_an_evaluation_of_a_pipeline_is_that_of_one_device():
-    text, label = run_of(MODERN), run_of(LABEL)
-    of_mesh = MeshConfig(pipe=2, rounds=2, microbatches=2)
+    interleaved = MeshConfig(pipe=2, rounds=2, microbatches=2)
 
     def sums(config):
         mesh, batch = mesh_of(config.mesh), random_batch(config)
@@ -214,20 +205,20 @@ def test_an_evaluation_of_a_pipeline_is_that_of_one_device():
         )
         return jax.device_get(step(params, to_devices(mesh, batch, config.batch_size)))
 
-    for config in (text, label):
-        one, many = sums(config), sums(replace(config, mesh=of_mesh))
+    for config in (run_of(MODERN), run_of(LABEL)):
+        one, many = sums(config), sums(replace(config, mesh=interleaved))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), many, one)
 
 
 def test_a_mesh_of_stages_generates_the_tokens_of_one_device():
     greedy, key = Sampling(max_tokens=8, temperature=0), jax.random.key(1)
-    params, prompts = fresh(MODERN, jax.random.key(0)), [[1, 2, 3, 4] * 4, [5, 6]]
-    one = generate(params, prompts, MODERN, greedy, key, end=None)
-    config = run_of(MODERN, mesh=MeshConfig(pipe=2))
-    mesh = mesh_of(config.mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
-    there = jax.device_put(params, shardings)
-    assert generate(there, prompts, MODERN, greedy, key, end=None) == one
+    model, prompts = replace(PLAIN, num_layers=2), [[1, 2, 3, 4] * 4, [5, 6]]
+    params, mesh = fresh(model, jax.random.key(0)), mesh_of(MeshConfig(pipe=2))
+    there = jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract_params(model, mesh)
+    )
+    one, many = (generate(each, prompts, model, greedy, key, end=None) for each in (params, there))
+    assert many == one
 
 
 def test_a_checkpoint_of_a_pipeline_is_one_of_one_device_and_the_other_way(tmp_path):
