@@ -239,6 +239,7 @@ def _unwrapped(tree: Any) -> list[jax.Array]:
     ]
 
 
+@functools.partial(jax.jit, static_argnames="shape")  # once for all leaves of one shape
 def _sums(block: jax.Array, begin: Sequence[jax.Array | int], shape: tuple[int, ...]) -> jax.Array:
     """What a block of a leaf adds to its row of `jit_fingerprint`.
 

@@ -29,6 +29,7 @@ from gptjax.sharding import (
     constrain,
     constrain_between,
     constrain_fed,
+    constrain_stored,
     from_between,
     gather,
     parts,
@@ -413,24 +414,30 @@ def init_params(config: GPTConfig, key: jax.Array) -> Params:
 
 def param_letters(config: GPTConfig) -> Any:
     """The tree of parameters with each leaf's letters in its place, such as "LDNH"."""
-    boxed = jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda box: "".join(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
-    )
+    return jax.tree.map(lambda box: "".join(box.names), _abstract_boxes(config), is_leaf=_is_box)
 
 
 def abstract_params(config: GPTConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters as they are stored on a mesh; nothing is
     allocated.
     """
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     return jax.tree.map(
-        lambda shape, letters: jax.ShapeDtypeStruct(
-            shape.shape, shape.dtype, sharding=stored(mesh, letters)
+        lambda box: jax.ShapeDtypeStruct(
+            box.value.shape, box.value.dtype, sharding=stored(mesh, "".join(box.names))
         ),
-        shapes,
-        param_letters(config),
+        _abstract_boxes(config),
+        is_leaf=_is_box,
     )
+
+
+@functools.cache  # a run asks for it again and again, and tracing takes long
+def _abstract_boxes(config: GPTConfig) -> Any:
+    """Shapes and dtypes in the boxes of all parameters."""
+    return jax.eval_shape(functools.partial(_boxed_params, config), jax.random.key(0))
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nn.Partitioned)
 
 
 def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
@@ -446,11 +453,7 @@ def _boxed_params(config: GPTConfig, key: jax.Array) -> Any:
 
     embedding = Embedding(config).init(embedding_key, ids_BT, ids_BT)["params"]
     blocks = jax.vmap(one_block)(jax.random.split(blocks_key, config.num_layers))
-    blocks = jax.tree.map(
-        lambda box: box.replace(names=("L", *box.names)),
-        blocks,
-        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )
+    blocks = jax.tree.map(lambda box: box.replace(names=("L", *box.names)), blocks, is_leaf=_is_box)
     unembedding_VD = jnp.zeros((config.sizes["V"], config.width))
     # A head without a norm whose unembedding is the embedding has no parameters.
     head = ({"params": {}} | Head(config).init(head_key, x_BTD, unembedding_VD))["params"]
@@ -833,10 +836,14 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
     """The loss, and its gradients, made while the logits of a piece exist.
 
     The softmax is never divided by its sums: that scales rows, so it is left to the products with
-    D, which is much smaller than V.
+    D, which is much smaller than V. The gradient of the unembedding has a term for each device's
+    rows R and positions S, which are added up once, after the last piece: each piece would else
+    wait for a sum over the network that is larger than itself.
     """
+    B, T, _ = x_BTD.shape
+    R, S = parts("B", B), parts("T", T)
 
-    def piece_gradients(dunembedding_DV: jax.Array, piece: tuple[jax.Array, ...]):
+    def piece_gradients(dunembedding_RSDV: jax.Array, piece: tuple[jax.Array, ...]):
         x, targets, weights = piece
         logits_BTV = _logits(x, unembedding_VD, config)
         losses, exp_BTV, sums = _softmax(logits_BTV, targets)
@@ -848,19 +855,21 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
             "BTV,VD->BTD", dlogits_BTV, unembedding_VD, preferred_element_type=jnp.float32
         )
         # As DV, not VD: that would transpose the larger factor of the product.
-        dunembedding_DV += jnp.einsum(
-            "BTD,BTV->DV",
-            (x * scale).astype(x.dtype),
-            dlogits_BTV,
-            preferred_element_type=jnp.float32,
+        x_RbStD, dlogits_RbStV = (
+            y.reshape(R, B // R, S, -1, y.shape[-1])
+            for y in ((x * scale).astype(x.dtype), dlogits_BTV)
         )
-        dunembedding_DV = constrain(dunembedding_DV, "DV")
-        return dunembedding_DV, ((dx * scale).astype(x.dtype), (losses * weights).sum())
+        dunembedding_RSDV += jnp.einsum(
+            "RbStD,RbStV->RSDV", x_RbStD, dlogits_RbStV, preferred_element_type=jnp.float32
+        )
+        dunembedding_RSDV = constrain(dunembedding_RSDV, "BTDV")
+        return dunembedding_RSDV, ((dx * scale).astype(x.dtype), (losses * weights).sum())
 
     pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
-    zeros_DV = jnp.zeros(unembedding_VD.shape[::-1], jnp.float32)
-    dunembedding_DV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_DV, pieces)
-    return losses.sum(), (_join(dx, config), dunembedding_DV.T.astype(unembedding_VD.dtype))
+    zeros_RSDV = constrain(jnp.zeros((R, S, *unembedding_VD.shape[::-1]), jnp.float32), "BTDV")
+    dunembedding_RSDV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_RSDV, pieces)
+    dunembedding_VD = constrain_stored(dunembedding_RSDV.sum((0, 1)).T, "VD")
+    return losses.sum(), (_join(dx, config), dunembedding_VD.astype(unembedding_VD.dtype))
 
 
 def _unembed_loss_backward(
@@ -902,4 +911,6 @@ def _join(pieces: jax.Array, config: GPTConfig) -> jax.Array:
 
 
 def _resolved(config: GPTConfig) -> GPTConfig:
-    return resolve(config, jax.default_backend())[0]
+    """For the devices of the mesh that is set, which need not be there; else for those that are."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return resolve(config, device.platform if device else jax.default_backend())[0]

@@ -42,7 +42,11 @@ class TrainState(NamedTuple):
 
 def init_state(config: Config, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    params = init_all(config, key)
+    return _state_of(init_all(config, key), config)
+
+
+def _state_of(params: Params, config: Config) -> TrainState:
+    """The state of a run that begins with these parameters."""
     optimizer = make_optimizer(config.optimizer, trained_letters(config))
     opt_state = optimizer.init(trained(params, config))
     zero = jnp.zeros((), jnp.int32)
@@ -55,8 +59,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     Moments, which only parameters that are trained have, lie as these do; everything else is on
     every device.
     """
-    shapes = jax.eval_shape(functools.partial(init_state, config), jax.random.key(0))
     params = abstract_all(config, mesh)
+    shapes = jax.eval_shape(functools.partial(_state_of, config=config), params)
     everywhere = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(mesh))
     placed = {jax.tree.structure(tree): tree for tree in (params, abstract_trained(params, config))}
 

@@ -24,7 +24,7 @@ def config():
         model=GPTConfig(context_size=32, num_layers=2, width=32, num_heads=4),
         data=DataConfig(path=("text.txt",)),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        sample=SampleConfig(max_tokens=8),
+        sample=SampleConfig(max_tokens=0),
         steps=12, batch_size=8, log_every=1, eval_every=6, save_every=4, tensorboard=False,
     )
 """

@@ -127,7 +127,7 @@ def test_bad_experiments(folder, monkeypatch, capsys, selector, source, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "'trian' is not a verb: give one of prepare, train, generate, pred"),
+        (["trian"], "'trian' is not a verb: give one of prepare, train, check, plan, generate"),
         (["train"], "FILE is missing: give it first, as in `gptjax train FILE`"),
         (["train", "--steps", "3"], "FILE is missing"),
         (["inspect"], "RUN is missing"),
@@ -334,7 +334,8 @@ def test_help_of_the_verbs_of_tokenizers(folder):
 
 
 @pytest.mark.slow
-def test_train_then_use(tmp_path):
+def test_train_then_use(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     (tmp_path / "experiment.py").write_text(EXPERIMENT)
     settings = (
@@ -342,32 +343,26 @@ def test_train_then_use(tmp_path):
         "--model.num-layers 2 --model.context-size 16 --sample.max-tokens 8 --save-every 2"
     )
 
-    def gptjax(*arguments: str) -> subprocess.CompletedProcess:
-        program = "import sys; from gptjax.cli import main; sys.exit(main())"
-        return subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-
-    done = gptjax("train", "experiment.py", *settings.split())
-    assert done.returncode == 0, done.stderr
+    program = "import sys; from gptjax.cli import main; sys.exit(main())"
+    for arguments in (["train", "experiment.py", *settings.split()], ["predict", "runs/fox"]):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 10 + 1  # tokens, and all others
     assert sorted(path.name for path in (tmp_path / "runs" / "fox" / "checkpoints").iterdir()) == [
         "2",
         "4",
     ]
-    for verb in ("inspect", "generate", "predict"):
-        used = gptjax(verb, "runs/fox")
-        assert used.returncode == 0, used.stderr
-        assert used.stdout
+    for verb in ("inspect", "generate"):  # in this process, which takes less time
+        assert printed(monkeypatch, capsys, verb, "runs/fox")
 
-    again = gptjax("train", "experiment.py", *settings.split(), "--mesh.data", "4")
-    assert again.returncode == 2
-    assert "mesh: data 4 x" in again.stderr.splitlines()[-1]
-    empty = gptjax("train", "experiment.py", "--data.path", "nothing.txt", "--run-dir", "empty")
-    assert empty.returncode == 3
-    assert "nothing.txt" in empty.stderr.splitlines()[-1]
+    monkeypatch.setattr("gptjax.cli.runs._join_processes", lambda given: None)
+    again = ["train", "experiment.py", *settings.split(), "--mesh.data", "4"]
+    code, err = last_words(monkeypatch, capsys, *again)
+    assert code == 2 and "mesh: data 4 x" in err.splitlines()[-1]
+    empty = ["train", "experiment.py", "--data.path", "nothing.txt", "--run-dir", "empty"]
+    code, err = last_words(monkeypatch, capsys, *empty)
+    assert code == 3 and "nothing.txt" in err.splitlines()[-1]
     assert not (tmp_path / "empty").exists()
 
 

@@ -21,6 +21,7 @@ from gptjax.cli.evaluating import Evaluate, evaluate, read_task
 from gptjax.cli.generating import Generate, Predict, generate, predict
 from gptjax.cli.inspecting import Inspect, Prune, inspect, prune
 from gptjax.cli.ledger import Data, data
+from gptjax.cli.planning import Plan, plan
 from gptjax.cli.reports import Report, report
 from gptjax.cli.runs import Train, train
 from gptjax.cli.tokenizers import (
@@ -42,6 +43,7 @@ VERBS = {
     "prepare": (prepare, Prepare),
     "train": (train, Train),
     "check": (check, Check),
+    "plan": (plan, Plan),
     "generate": (generate, Generate),
     "predict": (predict, Predict),
     "evaluate": (evaluate, Evaluate),
@@ -61,6 +63,7 @@ PLACEHOLDERS = {
     "prepare": "FILE",
     "train": "FILE",
     "check": "FILE",
+    "plan": "FILE",
     "convert": "HF_FOLDER",
     "tokenizer train": "TEXT",
     "tokenizer inspect": "TOKENIZER",
@@ -124,7 +127,7 @@ def run_verb(arguments: Sequence[str]) -> None:
     default, placeholder = options(), PLACEHOLDERS.get(verb, "RUN")
     if target and hasattr(default, "config"):
         default = dataclasses.replace(default, config=load_experiment(target))
-    if target and options is Check:
+    if options in (Check, Plan):  # no text is read
         default = dataclasses.replace(default, config=with_any_data(default.config))
     if target and options in (Evaluate, Predict):
         default = dataclasses.replace(default, task=read_task(target))

@@ -1,0 +1,209 @@
+"""The verb of hardware that is not there: `gptjax plan`."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from gptjax.config import Config, Count, Positive, load_experiment, refuse
+
+if TYPE_CHECKING:
+    from gptjax.plan import Plan as Estimate
+    from gptjax.plan.topologies import Topology
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimate memory, speed and cost of FILE.py on hardware that need not be there."""
+
+    # CHIP:SHAPE, such as v5p:8x8x8, v5e:256, h100:64 (GPUs), h100:8x8 (hosts x GPUs) or cpu:8
+    topology: str | None = None
+    slices: Count = 1  # so many of them, joined by the slower network between slices
+    compile: bool = True  # with the compiler of that hardware; else all by formula, at once
+    # try every mesh, remat, accumulate and attention by formula, and compile the promising ones
+    search: bool = False
+    out: str = "layout.py"  # of --search: the layout as an experiment, which `train` takes
+    price: Positive | None = None  # of a chip for an hour: the money of the whole run is shown
+    # 50000 (money, with --price), 30days or 200MWh: for how many tokens that is enough; with
+    # --search also of which of GPT-3's sizes it trains the largest
+    budget: str | None = None
+    explain: bool = False  # say where each parameter and activation lies, and what is not split
+    json: str | None = None  # a file for all figures
+    html: str | None = None  # a file for the plan as a page
+    debug: bool = False  # show the traceback of an error
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def plan(experiment: str, given: Plan) -> None:
+    """Print the plan; nothing of this machine but its processor is used."""
+    refuse([*_problems(given)])
+    _alone()
+    from gptjax.plan import plan as make_plan
+    from gptjax.plan.explain import explain
+    from gptjax.plan.page import write_page
+    from gptjax.plan.report import as_json, columns, summary
+    from gptjax.plan.search import parse_budget, remedies
+    from gptjax.plan.topologies import parse_topology
+
+    topology = parse_topology(given.topology, given.slices)
+    _cpu_devices(topology)
+    budget = given.budget and parse_budget(given.budget, given.price, topology)
+    config = _with_vocabulary(given.config)
+    if given.search:
+        found = _search(experiment, config, topology, given)
+    else:
+        found = make_plan(config, topology, compiling=given.compile, price=given.price)
+    print(summary(found))
+    if found.margin < 0:
+        print(_tried(found, remedies(found)))
+    if budget:
+        print(_within(found, budget, given))
+    if given.explain:
+        print("\n" + "\n".join(columns([*explain(found)], numbers=0)))
+    if given.json:
+        Path(given.json).write_text(json.dumps(as_json(found), indent=2) + "\n")
+    if given.html:
+        write_page(found, Path(given.html))
+
+
+def _problems(given: Plan) -> Iterator[str]:
+    if given.topology is None:
+        yield "--topology is missing: give CHIP:SHAPE, such as --topology v5p:8x8x8"
+    if given.config.task.kind is not None:
+        yield (
+            f"task.kind = {given.config.task.kind!r}: its labels are not known before its data is "
+            "read: plan the same model with --task.kind None"
+        )
+
+
+def _alone() -> None:
+    """The compilers of TPUs and GPUs are to look for none, and to bear another beside them."""
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_STDERR_LOG_LEVEL="3",
+        TPU_MIN_LOG_LEVEL="3",
+        CUDA_VISIBLE_DEVICES="-1",
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+    )
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _cpu_devices(topology: "Topology") -> None:
+    """Virtual devices, unless the environment says how many there are."""
+    import jax
+
+    counted = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if topology.chip.platform == "cpu" and not counted:
+        jax.config.update("jax_num_cpu_devices", topology.num_devices)
+
+
+def _with_vocabulary(config: Config) -> Config:
+    if config.model.vocab_size is not None:
+        return config
+    from gptjax.rows import with_vocabulary
+    from gptjax.tokenizer import make_tokenizer
+
+    model = with_vocabulary(config.model, make_tokenizer(config.data))
+    return dataclasses.replace(config, model=model)
+
+
+def _search(experiment: str, config: Config, topology: "Topology", given: Plan) -> "Estimate":
+    """Print the layouts that are worth a thought, and write the best as an experiment."""
+    from gptjax.plan.report import columns
+    from gptjax.plan.search import (
+        as_arguments,
+        as_experiment,
+        describe,
+        layout_options,
+        search,
+        seconds_of,
+    )
+
+    result = search(
+        config,
+        topology,
+        compiling=given.compile,
+        price=given.price,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    rows = [("layout", "GiB", "seconds", "nothing overlaps")]
+    for one in result.front:
+        rows.append(_row(describe(one.config), one.memory.total, one.time))
+    print("faster or smaller than all others, by formula:")
+    print("\n".join(columns(rows, numbers=3)))
+    if result.plans:
+        rows = [("compiled", "GiB", "seconds", "nothing overlaps")]
+        for one in sorted(result.plans, key=seconds_of):
+            rows.append(_row(describe(one.config), one.needed, one.time))
+        print("\n" + "\n".join(columns(rows, numbers=3)))
+    if result.best is None:
+        refuse(
+            [
+                f"{config.name} fits {topology} in none of {result.tried:,} layouts: give more "
+                "devices, or devices with more memory"
+            ]
+        )
+    before = load_experiment(experiment)
+    about = (
+        f"By gptjax plan {experiment} --topology {given.topology} --search, "
+        f"{time.strftime('%Y-%m-%d')}: {result.best.needed / 2**30:.2f} GiB a device, "
+        f"{result.best.time.least:.3g} to\n{result.best.time.most:.3g} seconds a step, estimated."
+    )
+    Path(given.out).write_text(as_experiment(experiment, before, result.best, about))
+    options = as_arguments(layout_options(before, result.best.config))
+    print(f"\nwritten    {given.out}, which `gptjax train {given.out}` takes; the same as")
+    print(f"           gptjax train {experiment} {options}\n")
+    return result.best
+
+
+def _row(name: str, num_bytes: int, time: object) -> tuple[str, ...]:
+    return name, f"{num_bytes / 2**30:,.2f}", f"{time.least:,.4g}", f"{time.most:,.4g}"
+
+
+def _tried(found: "Estimate", fitting: "list[Estimate]") -> str:
+    """Changes that would make a run fit."""
+    from gptjax.plan.report import columns
+    from gptjax.plan.search import as_arguments, layout_options
+
+    if not fitting:
+        return (
+            "tried: other meshes, remat and more parts; with none of them does it fit: give more "
+            "devices, or a smaller model"
+        )
+    rows = [("it would fit with", "GiB, by formula", "seconds", "nothing overlaps")]
+    for one in fitting:
+        change = as_arguments(layout_options(found.config, one.config))
+        rows.append(_row(change, one.memory.total, one.time))
+    return "\n" + "\n".join(columns(rows, numbers=3))
+
+
+def _within(found: "Estimate", budget: object, given: Plan) -> str:
+    """For how much a budget is enough."""
+    from gptjax.plan.report import columns
+    from gptjax.plan.search import largest, within
+
+    slow, fast = within(found, budget)
+    lines = [
+        f"\nwithin {budget}: {slow:.4g} to {fast:.4g} tokens of {found.config.name}, "
+        f"--steps {slow // found.step_tokens} to {fast // found.step_tokens}"
+    ]
+    if given.search:
+        tokens = found.config.steps * found.step_tokens
+        sizes = largest(found.config, found.topology, budget, given.price)
+        rows = [("GPT-3's size", "tokens within it", f"of {tokens:.3g}")]
+        rows += [(name, f"{most:.4g}", f"{most / tokens:.1%}") for name, _, most in sizes]
+        lines += columns(rows, numbers=2)
+        enough = next((name for name, _, most in sizes if most >= tokens), "none")
+        lines.append(f"the largest that sees all of them: {enough}")
+    return "\n".join(lines)

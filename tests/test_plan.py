@@ -1,0 +1,406 @@
+"""A plan says what training then does: bytes of the state, FLOPs, collectives; and refuses well."""
+
+import json
+import math
+import runpy
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import REPOSITORY
+from jax import lax
+from small import MODERN, PLAIN
+
+from gptjax.cli import run_verb
+from gptjax.config import (
+    GPT3,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    TuneConfig,
+    load_experiment,
+)
+from gptjax.metrics import flops_per_token
+from gptjax.plan import plan
+from gptjax.plan.compiled import _used
+from gptjax.plan.explain import explain
+from gptjax.plan.flops import count_flops, executed_flops
+from gptjax.plan.hlo import Program
+from gptjax.plan.liveness import kept
+from gptjax.plan.memory import STATE, memory
+from gptjax.plan.network import arrange, bandwidth, group_along, mesh_axes, seconds
+from gptjax.plan.search import (
+    as_experiment,
+    describe,
+    layout_options,
+    parse_budget,
+    remedies,
+    search,
+    within,
+)
+from gptjax.plan.topologies import CHIPS, missing, names, parse_topology
+from gptjax.sharding import make_mesh
+from gptjax.step import abstract_state, trace_train_step
+
+TEXT = DataConfig(path=("any text",))
+RUN = Config(data=TEXT, model=PLAIN, batch_size=8)
+MESHES = {
+    "one": MeshConfig(),
+    "fsdp": MeshConfig(fsdp=8),
+    "all": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+def axes_of(mesh: MeshConfig) -> dict[str, int]:
+    return mesh_axes(mesh, 8 if mesh != MeshConfig() else 1)
+
+
+def state_bytes(config: Config, num_devices: int) -> int:
+    """Bytes of one device's part of the state that training allocates."""
+    mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract_state(config, mesh))
+    )
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "tune",
+    [TuneConfig(), TuneConfig(layers=1), TuneConfig(layers=0), TuneConfig(lora_rank=2)],
+    ids=["whole", "last", "head", "lora"],
+)
+def test_state_is_what_training_allocates(mesh, tune):
+    config = replace(RUN, model=MODERN, mesh=mesh, tune=tune)
+    axes = axes_of(mesh)
+    kinds = memory(config, axes).kinds()
+    planned = sum(kinds[kind] for kind in STATE if kind in kinds)
+    assert planned == state_bytes(config, math.prod(axes.values()))
+
+
+def test_what_remat_keeps():
+    def letters(remat: str, attention: str) -> list[str]:
+        model = replace(PLAIN, remat=remat, attention=attention, compute_dtype="bfloat16")
+        return sorted(tensor.letters for tensor in kept(model).saved)
+
+    assert letters("full", "xla") == ["BTD"]
+    assert letters("dots", "xla") == sorted("BTD BTD BTF BTNH BTNH BTNH BTNH".split())
+    # The name by which the attention's result is kept is not in a fused kernel.
+    assert letters("dots", "splash") == sorted("BTD BTD BTF BTNH BTNH BTNH".split())
+    assert "BNTT" in letters("none", "xla")
+    assert "BNTT" not in letters("none", "cudnn")
+
+
+def test_each_way_to_save_memory_saves_it():
+    model = replace(GPT3["xl"], remat="dots", compute_dtype="bfloat16", attention="splash")
+    config = Config(data=TEXT, model=model, batch_size=64, accumulate=2)
+    axes = mesh_axes(MeshConfig(data=2, fsdp=4), 8)
+    least = memory(config, axes)
+    assert least.total > memory(replace(config, accumulate=4), axes).total
+    assert least.total > memory(replace(config, model=replace(model, remat="full")), axes).total
+    assert least.total > memory(config, mesh_axes(MeshConfig(fsdp=8), 8)).total
+    # Rows are as many, each with half of the heads.
+    assert least.total > memory(config, mesh_axes(MeshConfig(data=2, fsdp=4, tensor=2), 16)).total
+
+
+def test_activations_kept_grow_with_layers_and_rows():
+    config = replace(RUN, model=replace(PLAIN, remat="full"))
+
+    def activations(config: Config) -> int:
+        return memory(config, axes_of(MeshConfig())).kinds()["activations kept"]
+
+    # x_BTD, float32, of each layer.
+    assert activations(config) == 2 * 8 * 32 * 32 * 4
+    assert activations(replace(config, model=replace(config.model, num_layers=4))) == 2 * (
+        activations(config)
+    )
+    assert activations(replace(config, accumulate=4)) == activations(config) // 4
+
+
+def test_compiled_for_a_cpu():
+    found = plan(replace(RUN, mesh=MESHES["all"]), parse_topology("cpu:8"))
+    assert found.compiled.arguments == sum(found.memory.kinds()[kind] for kind in (*STATE, "batch"))
+    assert found.compiled.peak > found.compiled.arguments
+    axes = {axis for one in found.compiled.collectives for axis in one.axis.split("+")}
+    assert axes == {"data", "fsdp", "tensor"}
+    assert any(one.line.startswith("model.py:") for one in found.compiled.collectives)
+    assert found.time.source == "compiler"
+    assert found.time.least <= found.time.most
+    assert 0 < found.mfu(found.time.most) <= found.mfu(found.time.least)
+
+
+# --- work ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("attention", ["xla", "blockwise"])
+def test_counted_flops_are_those_of_the_formula(remat, attention):
+    model = replace(PLAIN, remat=remat, attention=attention, num_layers=3)
+    config = replace(RUN, model=model, accumulate=2)
+    traced = trace_train_step(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    counted = sum(count_flops(traced.jaxpr.jaxpr).values())
+    tokens = config.batch_size * model.context_size
+    assert counted == executed_flops(model) * tokens
+    if (remat, attention) == ("none", "xla"):
+        assert counted == flops_per_token(model) * tokens
+
+
+def test_collectives_of_a_program():
+    axes = {"fsdp": 4, "tensor": 2}
+    mesh = jax.make_mesh((4, 2), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def each(x):  # [16 / 4, 32]
+        x, _ = lax.scan(lambda x, _: (lax.psum(x, "tensor") / 2, None), x, None, length=5)
+        y = lax.all_gather(x, "fsdp", axis=0, tiled=True)
+        z = lax.ppermute(jnp.sin(x), "fsdp", [(i, (i + 1) % 4) for i in range(4)])
+        return y.sum(0) + z
+
+    step = jax.shard_map(each, mesh=mesh, in_specs=jax.P("fsdp"), out_specs=jax.P("fsdp"),
+                         check_vma=False)  # fmt: skip
+    compiled = jax.jit(step).lower(jax.ShapeDtypeStruct((16, 32), jnp.float32)).compile()
+    found = {one.kind: one for one in Program(compiled.as_text()).collectives(axes)}
+    assert {kind: (one.axis, one.num_bytes, one.count) for kind, one in found.items()} == {
+        "all-reduce": ("tensor", 4 * 32 * 4, 5),
+        "all-gather": ("fsdp", 16 * 32 * 4, 1),
+        "collective-permute": ("fsdp", 4 * 32 * 4, 1),
+    }
+
+
+def test_bytes_of_a_program():
+    def step(x):  # two kernels: a sum along rows, and what needs all of it
+        return lax.fori_loop(0, 3, lambda _, x: jnp.sin(x) * 2, x)
+
+    compiled = jax.jit(step).lower(jax.ShapeDtypeStruct((1000,), jnp.float32)).compile()
+    moved = Program(compiled.as_text()).bytes_moved()
+    assert 3 * 8000 <= moved <= 3 * 8000 + 2 * 8000 + 100  # and perhaps a copy
+
+
+def test_network():
+    pod, hosts = parse_topology("v5p:8x8x8"), parse_topology("h100:64")
+    mesh = MeshConfig(fsdp=64, tensor=8)
+    grid, axes = arrange(pod, mesh), mesh_axes(mesh, 512)
+    link = CHIPS["v5p"].link
+    # A ring both ways along one dimension of the torus, and along two.
+    assert bandwidth(group_along(grid, ["tensor"], axes), pod) == 2 * link
+    assert bandwidth(group_along(grid, ["fsdp"], axes), pod) == 4 * link
+    # GPUs of one host; of eight hosts, with their own part of the network each.
+    mesh = MeshConfig(fsdp=8, tensor=8)
+    grid, axes = arrange(hosts, mesh), mesh_axes(mesh, 64)
+    inside, across = (group_along(grid, [axis], axes) for axis in ("tensor", "fsdp"))
+    assert bandwidth(inside, hosts) == CHIPS["h100"].link
+    assert bandwidth(across, hosts) == pytest.approx(CHIPS["h100"].outside)
+    assert seconds("all-gather", 8e9, inside, hosts) == pytest.approx(7e9 / CHIPS["h100"].link)
+    assert seconds("all-reduce", 8e9, inside, hosts) == pytest.approx(14e9 / CHIPS["h100"].link)
+    # Two slices: only what crosses between them is slow.
+    two = parse_topology("v5e:4x4", 2)
+    grid = arrange(two, MeshConfig(data=2, fsdp=16, slices=2))
+    axes = mesh_axes(MeshConfig(fsdp=16), 32)
+    assert bandwidth(group_along(grid, ["data"], axes), two) == CHIPS["v5e"].outside
+    assert bandwidth(group_along(grid, ["fsdp"], axes), two) > CHIPS["v5e"].link
+
+
+def test_explained():
+    config = replace(RUN, mesh=MeshConfig(fsdp=4, tensor=2))
+    rows = {row[0]: row for row in explain(plan(config, parse_topology("cpu:8"), compiling=False))}
+    _, letters, lies, megabytes, whole = rows["blocks/ffn/up, stored"]
+    assert (letters, lies) == ("LDF", "D fsdp 4, F tensor 2")
+    assert megabytes == f"{2 * 32 * 128 * 4 / 8 / 1e6:.3f}"
+    assert whole == "L: pipe is 1"
+    assert rows["blocks/ffn/up, in use"][2] == "F tensor 2"
+
+
+# --- topologies ----------------------------------------------------------------------------------
+
+
+def test_every_offered_name_is_one():
+    for name in names():
+        assert parse_topology(name).num_devices > 0
+    assert str(parse_topology("v5e:256")) == "v5e:16x16"
+    assert parse_topology("h100:64").shape == (8, 8)
+    assert parse_topology("tpu7x:2x2x1").num_devices == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [("v5l:16x16", "v5e:"), ("h100s:8", "h100:"), ("v5e:16x16x16", "v5e:16x16"), ("v4:7", "v4:")],
+)
+def test_unknown_topology(given, near):
+    with pytest.raises(ConfigError, match=f"{given!r}: there is none of this name.*{near}"):
+        parse_topology(given)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:8", "tpu"), ("h100:8", "plan-gpu")])
+def test_compiler_that_is_not_installed(name, extra):
+    topology = parse_topology(name)
+    if not missing(topology):
+        pytest.skip(f"the compiler of {name} is installed")
+    with pytest.raises(ConfigError, match=rf"pip install 'gptjax\[{extra}\]', or give --no-comp"):
+        plan(replace(RUN, mesh=MeshConfig(fsdp=8)), topology)
+
+
+def test_mesh_that_does_not_divide():
+    with pytest.raises(ConfigError, match="axes whose product is"):
+        plan(replace(RUN, mesh=MeshConfig(fsdp=3)), parse_topology("cpu:8"))
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def test_search_is_no_slower_than_layouts_written_by_hand():
+    topology = parse_topology("h100:4")
+    config = Config(data=TEXT, model=GPT3["medium"], batch_size=16, steps=100)
+    result = search(config, topology, compiling=False)
+    best = result.best
+    assert best.margin >= 0
+    hand = [
+        (MeshConfig(fsdp=4), "full", 1),
+        (MeshConfig(data=4), "dots", 4),
+        (MeshConfig(data=2, fsdp=2), "dots", 2),
+        (MeshConfig(fsdp=2, tensor=2), "full", 1),
+    ]
+    for mesh, remat, parts in hand:
+        model = replace(config.model, remat=remat)
+        one = replace(config, mesh=mesh, model=model, accumulate=parts)
+        other = plan(one, topology, compiling=False)
+        assert best.time.least + best.time.most <= other.time.least + other.time.most
+    sizes = [one.memory.total for one in result.front]
+    times = [one.seconds for one in result.front]
+    assert sizes == sorted(sizes, reverse=True) and times == sorted(times)
+
+
+def test_layout_is_an_experiment(tmp_path):
+    experiment, layout = tmp_path / "run.py", tmp_path / "layout.py"
+    experiment.write_text(
+        "from gptjax import GPT3, Config\n"
+        "def config():\n    return Config(name='mine', model=GPT3['small'], batch_size=8)\n"
+    )
+    before = load_experiment(str(experiment))
+    found = search(replace(before, data=TEXT), parse_topology("h100:4"), compiling=False).best
+    layout.write_text(as_experiment(str(experiment), before, found, "Found."))
+    after = load_experiment(str(layout))
+    assert after.mesh == found.config.mesh and after.accumulate == found.config.accumulate
+    assert after.model.remat == found.config.model.remat
+    assert not {"data.path", "model.width"} & layout_options(before, after).keys()
+    assert describe(after) == describe(found.config)
+
+
+def test_what_would_make_it_fit():
+    model = replace(GPT3["2.7b"], remat="none")
+    config = Config(data=TEXT, model=model, batch_size=64, mesh=MeshConfig(data=8))
+    found = plan(config, parse_topology("v5e:8"), compiling=False)
+    assert found.margin < 0
+    fitting = remedies(found)
+    assert len(fitting) == 3
+    for one in fitting:
+        assert one.margin >= 0 and one.config.model.width == model.width
+
+
+def test_budget():
+    topology = parse_topology("h100:8")
+    config = Config(data=TEXT, model=GPT3["small"], batch_size=64, mesh=MeshConfig(data=8))
+    found = plan(config, topology, compiling=False, price=2.0)
+    slow, fast = within(found, parse_budget("10days", None, topology))
+    assert slow < fast == pytest.approx(10 * 86400 / found.time.least * found.step_tokens, rel=1e-3)
+    _, money = within(found, parse_budget("1000", 2.0, topology))
+    hours = 1000 / 2 / 8
+    assert money == pytest.approx(hours * 3600 / found.time.least * found.step_tokens, rel=1e-3)
+    for text, price, name in [("ten", None, "h100:8"), ("5", None, "h100:8"), ("5MWh", 1, "v5e:8")]:
+        with pytest.raises(ConfigError, match="budget"):
+            parse_budget(text, price, parse_topology(name))
+
+
+GPT3_FILE = f"{REPOSITORY}/experiments/gpt3.py"
+LAYOUTS = runpy.run_path(GPT3_FILE)["TOPOLOGIES"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_gpt3_fit(name):
+    config = load_experiment(f"{GPT3_FILE}:{name}")
+    found = plan(replace(config, data=TEXT), parse_topology(LAYOUTS[name]), compiling=False)
+    assert 1.1 * found.needed < found.topology.chip.memory
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_command(tmp_path, capsys):
+    files = [tmp_path / "plan.json", tmp_path / "plan.html"]
+    run_verb(
+        f"plan {GPT3_FILE}:b175 --topology v5p:512 --no-compile --explain "
+        "--mesh.fsdp 64 --mesh.tensor 8 --accumulate 8 --model.remat full --price 4 "
+        f"--json {files[0]} --html {files[1]}".split()
+    )
+    said = capsys.readouterr().out
+    for words in ("an estimate, nothing was measured", "fits: ", "all overlaps", "assumed:"):
+        assert words in said
+    figures = json.loads(files[0].read_text())
+    assert figures["memory"]["sum"] == sum(figures["memory"]["kinds"].values())
+    assert figures["memory"]["fits"] and figures["bounds"]["best"]["money"] > 0
+    page = files[1].read_text()
+    assert "v5p:8x8x8" in page and "<script" not in page and "://" not in page
+
+
+def test_command_says_what_would_fit(capsys):
+    run_verb(
+        f"plan {GPT3_FILE}:b2_7 --topology v5e:16 --no-compile "
+        "--mesh.data 16 --model.remat none".split()
+    )
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT: " in said and "it would fit with" in said
+
+
+def test_command_without_a_topology():
+    with pytest.raises(ConfigError, match="--topology is missing"):
+        run_verb(["plan", GPT3_FILE])
+
+
+# --- with the compilers --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:4", "h100:4"])
+def test_compiled_for_hardware_that_is_not_here(name):
+    topology = parse_topology(name)
+    if why := missing(topology):
+        pytest.skip(why)
+    model = replace(
+        GPT3["small"], num_layers=2, vocab_size=8192, context_size=1024, window=None, window_every=1
+    )
+    config = Config(data=TEXT, model=model, batch_size=8, mesh=MeshConfig(fsdp=2, tensor=2))
+    found = plan(config, topology)
+    state = sum(found.memory.kinds()[kind] for kind in (*STATE, "batch"))
+    assert state <= found.compiled.arguments <= 1.1 * state  # TPUs pad some
+    assert found.compiled.flops == pytest.approx(
+        executed_flops(found.config.model) * 8 * 1024, 0.01
+    )
+    assert found.memory.total == pytest.approx(found.compiled.peak, rel=0.25)
+    gathered = [
+        one for one in found.compiled.collectives
+        if one.kind == "all-gather" and one.num_bytes > 2**20
+    ]  # fmt: skip
+    assert gathered and {one.dtype for one in gathered} == {"bf16"}
+
+
+@pytest.mark.parametrize(
+    "message, used",
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 100.50G of 95.74G hbm",
+            100.5,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (2.99T) exceeds available HBM (95.74G).",
+            2.99 * 1024,
+        ),
+        ("INTERNAL: Used 100.50G of 95.74G hbm", None),
+    ],
+)
+def test_what_a_program_needs_is_read_from_the_refusal(message, used):
+    found = _used(message)
+    assert found == (used and pytest.approx(used * 2**30))
