@@ -216,7 +216,7 @@ def test_the_command_by_processes(tmp_path):
         env=os.environ | {"XLA_FLAGS": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

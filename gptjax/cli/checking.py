@@ -72,7 +72,11 @@ def _environment(num_devices: int) -> dict[str, str]:
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_cpu_parallel_codegen_split_count=1",
     ]
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags).strip()}
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags).strip(),
+        "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA warns of programs that it weighs and does not take
+    }
 
 
 def _in_processes(small: Config, count: int, environment: dict[str, str]) -> None:
