@@ -67,6 +67,8 @@ ORDER = (
     "report",
     "outcome",
     "page",
+    "shrink",
+    "proof",
     "plan",
     "interpret",
     "serve",
