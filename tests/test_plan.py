@@ -27,7 +27,7 @@ from gptjax.plan import plan
 from gptjax.plan.compiled import _used
 from gptjax.plan.explain import explain
 from gptjax.plan.flops import count_flops, executed_flops
-from gptjax.plan.hlo import Program
+from gptjax.plan.hlo import Program, _group
 from gptjax.plan.liveness import kept
 from gptjax.plan.memory import STATE, memory
 from gptjax.plan.network import arrange, bandwidth, group_along, mesh_axes, seconds
@@ -186,6 +186,22 @@ def test_collectives_of_a_program():
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "group"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", (0, 1, 2, 3)),
+        ("[4,2]<=[8]", (0, 1)),
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=4,'b'=2], device_ids=([8]<=[2,4]T(1,0)) {'b'}", (0, 4)),
+    ],
+)
+def test_groups_of_devices(words, group):
+    assert _group(f", channel_id=9, replica_groups={words}, dimensions={{0}}", 8) == group
+
+
 def test_bytes_of_a_program():
     def step(x):  # two kernels: a sum along rows, and what needs all of it
         return lax.fori_loop(0, 3, lambda _, x: jnp.sin(x) * 2, x)
@@ -246,10 +262,16 @@ def test_every_offered_name_is_one():
 
 @pytest.mark.parametrize(
     ("given", "near"),
-    [("v5l:16x16", "v5e:"), ("h100s:8", "h100:"), ("v5e:16x16x16", "v5e:16x16"), ("v4:7", "v4:")],
+    [
+        ("v5l:16x16", "v5e:16x16,"),
+        ("h100s:8", "h100:8,"),
+        ("v5e:16x16x16", "v5e:16x16,"),
+        ("v5p-512", "v5p:8x8x8,"),
+        ("v4:7", "v4:2x2x2,"),
+    ],
 )
 def test_unknown_topology(given, near):
-    words = f"{given!r}: there is none of this name. Nearest: [^;]*{near}"
+    words = f"{given!r}: there is none of this name. Nearest: {near}"
     with pytest.raises(ConfigError, match=words):
         parse_topology(given)
 
