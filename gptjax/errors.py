@@ -16,6 +16,7 @@ EXIT_CODES = {
     "NotFiniteError": 5,
     "OSError": 6,
     "BusyError": 7,
+    "DifferenceError": 8,
     "Interrupted": 75,
     "KeyboardInterrupt": 130,
 }

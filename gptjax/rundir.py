@@ -1,7 +1,7 @@
 """The run directory, and that one run at a time is in it.
 
 RUN/config.json  RUN/tokenizer/  RUN/checkpoints/STEP/  RUN/metrics.jsonl  RUN/tensorboard/
-RUN/events.jsonl  RUN/lock
+RUN/events.jsonl  RUN/compiled/  RUN/lock
 """
 
 import errno

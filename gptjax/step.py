@@ -225,10 +225,3 @@ def trace_train_step(config: Config, mesh: Mesh) -> jax.stages.Traced:
         ]
     )
     return jit_train_step(config, mesh).trace(abstract_state(config, mesh), batch)
-
-
-def compile_train_step(
-    config: Config, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The step that `jit_train_step` returns, compiled before there is a state or a batch."""
-    return trace_train_step(config, mesh).lower().compile()

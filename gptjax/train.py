@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from gptjax.best import NO_BEST, Best, best_by, best_of
 from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock, DeviceWatch
+from gptjax.compiled import compile_step, kept_in, seal, take_executable
 from gptjax.config import Config
 from gptjax.data import (
     Batch,
@@ -57,7 +58,7 @@ from gptjax.rows import take_up
 from gptjax.rundir import BusyError, RunLock, save_run
 from gptjax.sampling import Sampling
 from gptjax.sharding import local_rows, to_devices
-from gptjax.step import TrainState, abstract_state, compile_train_step, jit_init_state, with_params
+from gptjax.step import TrainState, abstract_state, jit_init_state, with_params
 from gptjax.stop import Interrupted, Leaving, Stop
 from gptjax.summary import summary, versions
 from gptjax.tasks import ExampleRows
@@ -89,6 +90,7 @@ def fit(
     *,
     allowed: Allowed = NOTHING_ALLOWED,
     fork_from: Origin | None = None,
+    executable: Path | None = None,
     began: float | None = None,
 ) -> TrainState:
     """Train, from the newest checkpoint in the run directory if there is one, and leave everything
@@ -96,10 +98,11 @@ def fit(
 
     Args:
       config: the run. `model.vocab_size` None is taken from the tokenizer.
-      run_dir: config.json, metrics.jsonl, tokenizer/, checkpoints/ and tensorboard/ are written
-        below it.
+      run_dir: config.json, metrics.jsonl, tokenizer/, checkpoints/, compiled/ and tensorboard/ are
+        written below it.
       allowed: changes that a run that goes on may have, though they change its numbers.
       fork_from: the run and step whose state a new run begins with.
+      executable: a file of `save_executable`, of which the step is taken if it is that of this run.
       began: when the process began, in seconds since 1970; None: now.
     Returns:
       the state after the last step.
@@ -128,7 +131,7 @@ def fit(
         _told(events),
         watchdog.telling(),
     ):
-        return _fit(config, run_dir, allowed, fork_from, events, stop, watchdog)
+        return _fit(config, run_dir, allowed, fork_from, executable, events, stop, watchdog)
 
 
 @contextmanager
@@ -174,6 +177,7 @@ def _fit(
     run_dir: Path,
     allowed: Allowed,
     fork_from: Origin | None,
+    executable: Path | None,
     events: Events,
     stop: Stop,
     watchdog: Watchdog,
@@ -203,16 +207,19 @@ def _fit(
             save_run(run_dir, config, ready.tokenizer)
             if exclusions:
                 write_exclusions(run_dir, exclusions)
-        with Log(
-            run_dir,
-            first_step=start + 1,
-            last_step=config.steps,
-            tensorboard=config.tensorboard,
-            enabled=first,
-        ) as log:
+        with (
+            kept_in(run_dir / "compiled", always=executable is not None),
+            Log(
+                run_dir,
+                first_step=start + 1,
+                last_step=config.steps,
+                tensorboard=config.tensorboard,
+                enabled=first,
+            ) as log,
+        ):
             for line in ready.first_lines(exclusions, run_dir):
                 log.say(line)
-            run = _Run(ready, run_dir, checkpoints, log, events, stop, watchdog)
+            run = _Run(ready, run_dir, executable, checkpoints, log, events, stop, watchdog)
             with watchdog.telling():
                 return run.go(start)
 
@@ -224,6 +231,7 @@ class _Run:
         self,
         ready: Ready,
         run_dir: Path,
+        executable: Path | None,
         checkpoints: Checkpoints,
         log: Log,
         events: Events,
@@ -233,7 +241,8 @@ class _Run:
         self.config, self.mesh, self.tokenizer = ready.config, ready.mesh, ready.tokenizer
         self.rows, self.valid_splits = ready.rows, ready.valid_splits
         self.labelled, self.origin = ready.labelled, ready.origin
-        self.run_dir, self.checkpoints, self.log = run_dir, checkpoints, log
+        self.run_dir, self.executable = run_dir, executable
+        self.checkpoints, self.log = checkpoints, log
         self.events, self.stop, self.watchdog = events, stop, watchdog
         self.rollbacks = read_rollbacks(run_dir)
         self.best = self.find_best()  # step of a task
@@ -250,22 +259,36 @@ class _Run:
                 compiling = thread.submit(self.compile)
                 state = self.start(start)  # meanwhile
                 with self.events.spent.of("compile"):
-                    step_fn = compiling.result()
+                    step_fn, said = compiling.result()
+                if said:
+                    self.log.say(said)
             self.evaluate_late(state.params, start)
             state = self.train_back_and_forth(state, start, step_fn)
         self.stop.all_is_saved()
         self.finish(state)
         return state
 
-    def compile(self) -> Callable:
-        """The step, compiled; and what saving and the comparison of copies need."""
+    def compile(self) -> tuple[Callable, str]:
+        """The step, compiled, and what is to be said of its executable file; and what saving and
+        the comparison of copies need.
+        """
         at("compile")
         with self.events.phase("compile"):
             state = abstract_state(self.config, self.mesh)
             self.checkpoints.prepare(state)
             if self.config.guard.cross_check_every:
                 self.comparer = make_comparer(state, self.mesh)
-            return compile_train_step(self.config, self.mesh)
+            why_not = ""
+            if self.executable:
+                why_not = take_executable(self.executable, self.config, self.mesh)
+            step, found = compile_step(self.config, self.mesh)
+            seal(self.run_dir / "compiled")  # now, for the run may be killed
+        if not self.executable:
+            return step, ""
+        if not (found or why_not):
+            why_not = "the program is another: that of other code, or under other flags of XLA"
+        what = f"is not taken, and the step compiled: {why_not}" if why_not else "is taken"
+        return step, f"executable {self.executable} {what}"
 
     def start(self, step: int) -> TrainState:
         """The state of the checkpoint of a step, that which a fork begins with, or a fresh one."""

@@ -127,7 +127,7 @@ def test_bad_experiments(folder, monkeypatch, capsys, selector, source, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "'trian' is not a verb: give one of prepare, train, generate, pred"),
+        (["trian"], "'trian' is not a verb: give one of prepare, train, check, plan, generate"),
         (["train"], "FILE is missing: give it first, as in `gptjax train FILE`"),
         (["train", "--steps", "3"], "FILE is missing"),
         (["inspect"], "RUN is missing"),

@@ -472,22 +472,22 @@ def test_spikes_are_told_and_a_run_goes_back_for_them_too(
 
 
 def test_a_flipped_bit_stops_the_run_and_is_never_saved(monkeypatch, text, tmp_path):
-    real = gptjax.train.compile_train_step
+    real = gptjax.train.compile_step
 
     def compile_with_a_bad_device(config, mesh):
-        step_fn = real(config, mesh)
+        compiled = real(config, mesh)
 
         def step(state, batch):
-            state, metrics = step_fn(state, batch)
+            state, metrics = compiled.step(state, batch)
             norm = state.params["head"]["norm"]
             with jax.transfer_guard("allow"):
                 if int(state.step) == 9:
                     norm["scale"] = flip_a_bit(norm["scale"], jax.devices()[3])
             return state, metrics
 
-        return step
+        return compiled._replace(step=step)
 
-    monkeypatch.setattr(gptjax.train, "compile_train_step", compile_with_a_bad_device)
+    monkeypatch.setattr(gptjax.train, "compile_step", compile_with_a_bad_device)
     config = small_run(text, guard=GuardConfig(cross_check_every=4))
     with pytest.raises(
         ReplicaError, match=r"after step 10: params/head/norm/scale on cpu:3.*newest.* of step 5,"

@@ -28,6 +28,7 @@ LOADERS = {
     "__init__.py": "importlib",  # the public names, of this package
     "config.py": "runpy",  # the user's own file, which is there to be run
     "message.py": "importlib",  # names of this package alone
+    "plan/topologies.py": "importlib",  # whether the packages of compilers are installed
     "summary.py": "importlib",  # the version of a package
     "sources/opening.py": "importlib",  # packages that are not always installed, by constant names
 }

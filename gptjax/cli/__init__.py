@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from gptjax.cli.arguments import parse
 from gptjax.cli.chatting import Chat, chat
+from gptjax.cli.checking import Check, check
 from gptjax.cli.convert import Convert, Export, convert, export
 from gptjax.cli.corpora import Prepare, prepare
 from gptjax.cli.evaluating import Evaluate, evaluate, read_task
@@ -34,12 +35,14 @@ from gptjax.cli.tokenizers import (
 from gptjax.config import ConfigError, did_you_mean, load_experiment, refuse
 from gptjax.errors import NO_ERRORS, end_process, explain, last_line
 from gptjax.faults import arm
+from gptjax.shrink import with_any_data
 
 __all__ = ["VERBS", "explain", "main", "parse", "run_verb"]
 
 VERBS = {
     "prepare": (prepare, Prepare),
     "train": (train, Train),
+    "check": (check, Check),
     "plan": (plan, Plan),
     "generate": (generate, Generate),
     "predict": (predict, Predict),
@@ -59,6 +62,7 @@ VERBS = {
 PLACEHOLDERS = {
     "prepare": "FILE",
     "train": "FILE",
+    "check": "FILE",
     "plan": "FILE",
     "convert": "HF_FOLDER",
     "tokenizer train": "TEXT",
@@ -123,11 +127,8 @@ def run_verb(arguments: Sequence[str]) -> None:
     default, placeholder = options(), PLACEHOLDERS.get(verb, "RUN")
     if target and hasattr(default, "config"):
         default = dataclasses.replace(default, config=load_experiment(target))
-    if options is Plan and not default.config.data.path:  # no text is read
-        data = dataclasses.replace(default.config.data, path=("any text",))
-        default = dataclasses.replace(
-            default, config=dataclasses.replace(default.config, data=data)
-        )
+    if options in (Check, Plan):  # no text is read
+        default = dataclasses.replace(default, config=with_any_data(default.config))
     if target and options in (Evaluate, Predict):
         default = dataclasses.replace(default, task=read_task(target))
     if options is Prepare and "--beam" in rest:

@@ -46,6 +46,9 @@ class Train:
     allow_data_change: bool = False  # go on though the text is another than the run began with
     # RUN@STEP or RUN: begin as that run was after that step, or the latest; --run-dir is a new one
     fork_from: str | None = None
+    # a file of `gptjax plan --save`, of which the compiled step is taken if it is that of this run;
+    # None: the step is compiled, unless this run has done that before
+    executable: str | None = None
     # train so many times, with `seed` and those that follow it, each in a folder of the run
     # directory, and print the mean and the deviation of the figures
     seeds: Count = 1
@@ -80,6 +83,7 @@ def train(experiment: str, given: Train) -> None:
             run_dir,
             allowed=Allowed(given.allow_config_change, given.allow_data_change),
             fork_from=fork_from,
+            executable=Path(given.executable) if given.executable else None,
             began=process_began(),
         )
         if config.task.kind:
