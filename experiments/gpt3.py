@@ -222,7 +222,7 @@ def b175_v5p() -> Config:
     """175B on v5p:512.
 
     By formula, 2026-11-25: 74.0 GiB a device of 95.7; MFU at most 70% to 99%; 15.8 to 22.5 days,
-    194,104 to 276,710 chip hours, at least.
+    194,104 to 276,710 chip hours, at least. Compiled: 72.5 GiB, MFU at most 72% to 99%.
     """
     return _laid(b175(), remat="dots", accumulate=2, split_residual=True, fsdp=256, tensor=2)
 
