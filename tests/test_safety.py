@@ -159,7 +159,7 @@ def test_an_error_comes_back_as_one_like_it(error, kind, words):
     [
         {"function": "os:system"},
         {"function": "gptjax.pool:subprocess"},
-        {"function": "gptjax.config.files:Path"},  # its name is there, but it is not of this package
+        {"function": "gptjax.config.files:Path"},  # its name is there, but not of this package
         {"made": ["builtins:eval", ["1"]]},
         {"made": ["gptjax.config:__import__", ["os"]]},
         {"other": 1},
