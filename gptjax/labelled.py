@@ -88,7 +88,7 @@ def make_split(
     encoded = encode_examples(task, examples, tokenizer, size, problems, to_learn=to_learn)
     problems.refuse()
     if labelled:
-        check_examples(encoded, problems.split)
+        check_examples(encoded, problems)
     known = vocab_size is None or tokenizer.pad < vocab_size
     rows = ExampleRows(
         encoded=encoded,

@@ -8,7 +8,7 @@ import numpy as np
 
 from gptjax.config import Config, GPTConfig, OptimizerConfig, TuneConfig
 from gptjax.data import Batch
-from gptjax.model import init_params
+from gptjax.model import Params, forward, init_params
 from gptjax.sharding import make_mesh, to_devices
 from gptjax.step import TrainState, abstract_state, init_state, jit_train_step
 
@@ -54,7 +54,13 @@ OLD = replace(
 MODELS = {"plain": PLAIN, "modern": MODERN}
 
 
-fresh = jax.jit(init_params, static_argnums=0)  # operation by operation it takes seconds
+# Operation by operation these take seconds.
+fresh = jax.jit(init_params, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits_of(params: Params, tokens_BT: np.ndarray, config: GPTConfig, **given) -> jax.Array:
+    return forward(params, tokens_BT, config, **given)[0]
 
 
 def random_batch(config: Config, seed: int = 0) -> Batch:

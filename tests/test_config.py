@@ -413,7 +413,7 @@ def one_edit_apart(one: str, other: str) -> bool:
     return one[same + (len(one) == len(other)) :] == other[same + 1 :]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)  # of all options
 @given(st.randoms(use_true_random=False))
 def test_typos_in_options_get_the_right_suggestion(random):
     typos = {}

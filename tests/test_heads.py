@@ -1,17 +1,18 @@
 """Heads of labels: the losses they have, and that they keep the laws of the model."""
 
+import functools
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from small import MODERN, PLAIN, fresh, random_batch, run_steps
+from small import MODERN, PLAIN, fresh, logits_of, random_batch, run_steps
 
 from gptjax.attention import Mask, attend
 from gptjax.config import Config, ConfigError, MeshConfig, OptimizerConfig, TaskConfig, violations
 from gptjax.data import Batch
 from gptjax.decoding import generate
-from gptjax.model import forward, label_losses, token_losses, weighted_loss
+from gptjax.model import label_losses, token_losses, weighted_loss
 from gptjax.sampling import Sampling
 from gptjax.step import following_weights
 
@@ -107,10 +108,10 @@ def test_a_bidirectional_model_sees_what_comes_after_within_its_segment():
         params = fresh(model, jax.random.key(0))
         tokens = np.arange(12, dtype=np.int32)[None]
         segments = np.repeat([1, 2], 6)[None]
-        logits, _ = forward(params, tokens, model, segments_BT=segments)
+        run = functools.partial(logits_of, params, config=model, segments_BT=segments)
         other = tokens.copy()
         other[0, 5] = 60
-        changed = np.abs(forward(params, other, model, segments_BT=segments)[0] - logits)
+        changed = np.abs(run(other) - run(tokens))
         reached = changed.max(axis=(0, 2)) > 1e-6
         assert reached.tolist() == [False] + [True] * 5 + [False] * 6  # two layers of reach 2
 
@@ -144,10 +145,11 @@ def test_the_loss_of_the_token_that_follows_is_added():
     assert not weights[:, :-1][ends].any() and not weights[:, -1].any()
     one = following_weights(batch._replace(segments_BT=np.ones_like(batch.segments_BT)))
     assert not np.asarray(one)[:, -1].any()  # what follows it is not in the row
-    both = weighted_loss(params, batch, model, lm_weights_BT=weights)
+    loss_of = jax.jit(weighted_loss, static_argnames="config")
+    both = loss_of(params, batch, config=model, lm_weights_BT=weights)
     lm = replace(model, head="lm", num_labels=None)
     following = batch._replace(targets_BT=np.roll(batch.tokens_BT, -1, 1), weights_BT=weights)
-    expected = weighted_loss(params, batch, model) + weighted_loss(params, following, lm)
+    expected = loss_of(params, batch, config=model) + loss_of(params, following, config=lm)
     assert both == pytest.approx(float(expected), rel=1e-5)
 
 

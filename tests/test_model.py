@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MODELS, MODERN, PLAIN, fresh
+from small import MODELS, MODERN, PLAIN, fresh, logits_of
 
 from gptjax.config import GPT2, GPT3, MeshConfig
 from gptjax.model import (
@@ -88,12 +88,12 @@ def test_initial_weights_are_gpt2s():
 def test_padding_of_the_vocabulary_is_never_predicted_and_changes_nothing():
     padded = fresh(PLAIN, jax.random.key(0))
     tokens = np.arange(8)[None]
-    logits, _ = forward(padded, tokens, PLAIN)
+    logits = logits_of(padded, tokens, config=PLAIN)
     assert logits.shape == (1, 8, PLAIN.vocab_size)
     plain = replace(PLAIN, vocab_multiple=1)
     cut = padded | {"embedding": dict(padded["embedding"])}
     cut["embedding"]["tokens"] = cut["embedding"]["tokens"][: PLAIN.vocab_size]
-    np.testing.assert_allclose(forward(cut, tokens, plain)[0], logits, atol=1e-5)
+    np.testing.assert_allclose(logits_of(cut, tokens, config=plain), logits, atol=1e-5)
 
 
 def test_rope_depends_on_distance_only_and_keeps_lengths():
@@ -136,7 +136,6 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     model = replace(PLAIN, compute_dtype="bfloat16")
     params = fresh(model, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits, _ = forward(params, np.arange(8)[None], model)
-    exact, _ = forward(params, np.arange(8)[None], PLAIN)
+    logits, exact = (logits_of(params, np.arange(8)[None], config=one) for one in (model, PLAIN))
     assert logits.dtype == jnp.float32
     assert 0 < abs(logits - exact).max() < 0.1 * abs(exact).max()

@@ -335,10 +335,9 @@ def test_an_answer_that_is_nowhere_is_not_learnt():
     assert problems.counts == {("nothing to learn", "left out"): 1}
     kept = encode_examples(task, [example], BYTES, 99, problems, to_learn=False)
     assert kept.example_of.tolist() == [0]
-    with pytest.raises(DataError, match="no example is left"):
-        check_examples(
-            encode_examples(task, [example], BYTES, 99, problems, to_learn=True), "task.train"
-        )
+    encoded = encode_examples(task, [example], BYTES, 99, problems, to_learn=True)
+    with pytest.raises(DataError, match=r"no example is left\n  nothing to learn: 2 left out"):
+        check_examples(encoded, problems)
 
 
 def test_white_space_around_an_answer_is_not_part_of_it():

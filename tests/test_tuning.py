@@ -5,12 +5,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from small import MODERN, PLAIN, first_state, random_batch, run_steps
+from small import MODERN, PLAIN, first_state, logits_of, random_batch, run_steps
 
 from gptjax.config import Config, MeshConfig, OptimizerConfig, TuneConfig, violations
-from gptjax.model import forward
 from gptjax.step import loss_and_grads
-from gptjax.tuning import init_all, joined, merged, rates, trained
+from gptjax.tuning import joined, merged, rates, trained
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 ALL = TuneConfig(lora_rank=3, lora_targets=("query", "key", "value", "out", "up", "gate", "down"))
@@ -20,13 +19,17 @@ def config_of(model=PLAIN, **tune) -> Config:
     return Config(model=model, optimizer=OPTIMIZER, batch_size=8, tune=TuneConfig(**tune))
 
 
+def first_params(config: Config) -> dict:
+    return first_state(config.model, config.optimizer, config.tune).params
+
+
 def changed(config: Config) -> tuple[dict, dict]:
     """By path, whether a parameter is another one after two steps; and the optimizer's state."""
-    before = first_state(config.model, config.optimizer, config.tune)
+    before = first_params(config)
     _, after = run_steps(config, 2)
     found = {}
     for (path, old), new in zip(
-        jax.tree.leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True
+        jax.tree.leaves_with_path(before), jax.tree.leaves(after.params), strict=True
     ):
         differs = (np.asarray(old) != np.asarray(new)).reshape(len(old), -1).any(axis=1)
         found[jax.tree_util.keystr(path, simple=True, separator="/")] = differs
@@ -52,7 +55,7 @@ def test_adapters_are_trained_alone_and_begin_with_the_model_as_it_is():
     named = {path for path, differs in found.items() if differs.any()}
     adapters = {f"lora/{name}/{part}" for name in ("query", "down") for part in ("down", "up")}
     assert named == adapters | {"head/label", "head/label_bias"}
-    params = init_all(config, jax.random.key(0))
+    params = first_params(config)
     same = jax.tree.map(np.array_equal, merged(params, config)["blocks"], params["blocks"])
     assert all(jax.tree.leaves(same))
 
@@ -60,8 +63,8 @@ def test_adapters_are_trained_alone_and_begin_with_the_model_as_it_is():
 def test_merged_weights_are_the_weights_and_what_adapters_add():
     config = config_of(MODERN)
     config = replace(config, tune=replace(ALL, lora_alpha=6.0))
-    params = init_all(config, jax.random.key(0))
-    params["lora"] = jax.tree.map(lambda x: x + 0.1, params["lora"])
+    params = first_params(config)
+    params = params | {"lora": jax.tree.map(lambda x: x + 0.1, params["lora"])}
     whole = merged(params, config)
     assert "lora" not in whole
     for name, (part, _, _) in {"key": ("attention", 0, 0), "out": ("attention", 0, 0)}.items():
@@ -70,18 +73,18 @@ def test_merged_weights_are_the_weights_and_what_adapters_add():
         expected = np.asarray(params["blocks"][part][name][1]) + added
         np.testing.assert_allclose(whole["blocks"][part][name][1], expected, rtol=1e-5, atol=1e-6)
     tokens = np.arange(8, dtype=np.int32)[None]
-    logits, _ = forward(whole, tokens, MODERN)
-    assert not np.allclose(logits, forward(params, tokens, MODERN)[0], atol=1e-3)
+    logits = [logits_of(params, tokens, config=MODERN) for params in (whole, params)]
+    assert not np.allclose(*logits, atol=1e-3)
 
 
 def test_gradients_by_a_part_are_those_of_the_whole():
     batch = random_batch(config_of(), 1)
     whole = config_of()
-    params = init_all(whole, jax.random.key(0))
-    key = jax.random.key(0)
-    loss, grads = loss_and_grads(params, batch, whole, key)
+    params, key = first_params(whole), jax.random.key(0)
+    run = jax.jit(loss_and_grads, static_argnames="config")
+    loss, grads = run(params, batch, config=whole, key=key)
     part = config_of(layers=1)
-    other, mine = loss_and_grads(params, batch, part, key)
+    other, mine = run(params, batch, config=part, key=key)
     assert loss == pytest.approx(float(other), rel=1e-6)
     expected = trained(grads, part)
     for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(expected), strict=True):
@@ -92,14 +95,17 @@ def test_gradients_by_a_part_are_those_of_the_whole():
 
 def test_the_learning_rate_falls_from_the_head_to_the_embedding():
     config = config_of(layer_decay=0.5)
-    found = rates(init_all(config, jax.random.key(0)), config)
+    start = first_params(config)
+    found = rates(start, config)
     assert found["head"]["norm"]["scale"] == 1
     assert found["blocks"]["attention"]["query"].ravel().tolist() == [0.25, 0.5]
     assert found["embedding"]["tokens"] == 0.125
     _, plain = run_steps(config_of(), 1)
     _, slower = run_steps(config, 1)
-    start = first_state(config.model, config.optimizer, config.tune).params["blocks"]["ffn"]["up"]
-    far, near = (np.asarray(s.params["blocks"]["ffn"]["up"] - start) for s in (plain, slower))
+    far, near = (
+        np.asarray(state.params["blocks"]["ffn"]["up"] - start["blocks"]["ffn"]["up"])
+        for state in (plain, slower)
+    )
     np.testing.assert_allclose(near[0], 0.25 * far[0], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(near[1], 0.5 * far[1], rtol=1e-3, atol=1e-6)
 

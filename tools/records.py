@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,7 +161,7 @@ def main() -> int:
     except (ConfigError, OSError, ValueError) as error:
         print(f"records: error: {error}", file=sys.stderr)
         return 2
-    out, failed = Path(options.out), 0
+    failed = 0
     for name, task, way, seed in todo(options, tasks):
         began = time.perf_counter()
         try:
@@ -171,8 +172,7 @@ def main() -> int:
             continue
         line = key_of(options, name, way, seed) | line
         line["seconds"] = round(time.perf_counter() - began, 1)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append(Path(options.out), line)
         print(f"{name:16} {way:10} seed {seed}: {line['name']} {line['figure']:.4f}", flush=True)
     print(table(options, tasks))
     return 1 if failed else 0
@@ -240,9 +240,20 @@ def todo(
 
 
 def lines_of(options: Options) -> list[dict[str, Any]]:
-    path = Path(options.out)
+    """The results that there are, but for one that was being written when the tool was killed."""
+    path, found = Path(options.out), []
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    content = path.read_bytes() if path.exists() else b"\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write("" if content.endswith(b"\n") else "\n")
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # --- one result ----------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ def _alone() -> None:
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_STDERR_LOG_LEVEL="3",
         TPU_MIN_LOG_LEVEL="3",
+        TF_CPP_MIN_LOG_LEVEL="2",
         CUDA_VISIBLE_DEVICES="-1",
         JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
     )

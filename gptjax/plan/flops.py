@@ -74,12 +74,13 @@ def _fused_attention(equation: Any) -> int:
     return products * 2 * B * N * T * min(keys, S) * H
 
 
-def executed_flops(model: GPTConfig) -> float:
+def executed_flops(model: GPTConfig, bubble: float = 0.0) -> float:
     """FLOPs of a token in training as they are done, by a formula: with what is computed again, and
     of attention only what its implementation does not pass over.
 
     Args:
       model: with nothing left to choose.
+      bubble: the share of its time for which a stage of a pipeline computes what nobody needs.
     """
     size = model.sizes
     D, N, K, H, F, V, L, T = (size[letter] for letter in "DNKHFVLP")
@@ -89,7 +90,8 @@ def executed_flops(model: GPTConfig) -> float:
     # The output of a block's last product is in no gradient, so it is not computed again.
     again = 2 * (block - D * F) if model.remat == "full" else 0
     keys = sum(_keys(model, window or T) for window in model.windows) / len(model.windows)
-    return L * (6 * block + again + _products(model) * 2 * N * H * keys) + 6 * V * D
+    layer = 6 * block + again + _products(model) * 2 * N * H * keys
+    return L * layer / (1 - bubble) + 6 * V * D
 
 
 def _keys(model: GPTConfig, window: int) -> float:

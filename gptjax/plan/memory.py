@@ -12,8 +12,9 @@ from gptjax.config import Config, GPTConfig, TuneConfig
 from gptjax.data import Batch
 from gptjax.guard import no_recent
 from gptjax.model import LOGITS_BYTES
+from gptjax.pipeline import Schedule
 from gptjax.plan.liveness import Measure, Tensor, kept
-from gptjax.sharding import BETWEEN, IN_USE, STORED
+from gptjax.sharding import BETWEEN, FED, IN_USE, STORED
 from gptjax.tuning import all_letters, init_all, trained
 
 
@@ -127,9 +128,26 @@ def sizes_of(config: Config, axes: Mapping[str, int]) -> dict[str, int]:
     return sizes
 
 
-def measure_of(config: Config, axes: Mapping[str, int]) -> Measure:
-    """Bytes of a tensor on one device."""
+def schedule(config: Config, axes: Mapping[str, int]) -> Schedule:
+    """Of the stack as a pipeline, which may have one stage."""
+    rows = config.batch_size // (axes["data"] * axes["fsdp"] * config.accumulate)
+    stages, mesh = axes["pipe"], config.mesh
+    return Schedule(stages, mesh.rounds, 1 if stages == 1 else mesh.microbatches or rows)
+
+
+def turns_of(config: Config, axes: Mapping[str, int]) -> int:
+    """How often a device runs a turn of the loop over layers in a part of a batch."""
+    plan = schedule(config, axes)
+    group = config.model.num_layers // len(config.model.windows) // (plan.stages * plan.rounds)
+    return plan.ticks * group
+
+
+def measure_of(config: Config, axes: Mapping[str, int], *, in_layer: bool = False) -> Measure:
+    """Bytes of a tensor on one device; in a layer, of a microbatch."""
     sizes = sizes_of(config, axes)
+    if in_layer:  # of a pipeline's rows all are split over its stages elsewhere
+        plan = schedule(config, axes)
+        sizes["B"] = sizes["B"] // plan.microbatches * plan.stages
     if config.model.attention == "splash":  # reads and writes rows of 128 numbers
         sizes["H"] = -(-sizes["H"] // 128) * 128
         head = config.model.sizes["H"] / sizes["H"]
@@ -155,9 +173,10 @@ def memory(config: Config, axes: Mapping[str, int]) -> Memory:
     model, sizes = config.model, sizes_of(config, axes)
     itemsize = 4 if model.compute_dtype == "float32" else 2
     measure = measure_of(config, axes)
+    in_layer = measure_of(config, axes, in_layer=True)
     state = [*_state(config, sizes, axes)]
     grads = [*_gradients(config, sizes, axes)]
-    saved = [*_saved(config, measure)]
+    saved = [*_saved(config, turns_of(config, axes), in_layer)]
     traces = kept(model)
     place = "between" if model.split_residual else "in use"
     width = Tensor("BTD", 1, itemsize, place=place)
@@ -167,16 +186,18 @@ def memory(config: Config, axes: Mapping[str, int]) -> Memory:
         Part("loss and logits", "gradient of the stream", "BTD", measure(width)),
         Part("weights in use", "unembedding", "VD", measure(Tensor("VD", 1, itemsize))),
     ]
-    working = traces.backward.most(measure)
-    early = (OVERLAP[model.attention] - 1) * (working + measure(width))
+    working = traces.backward.most(in_layer)
+    early = (OVERLAP[model.attention] - 1) * (working + in_layer(width))
     layer = [
         Part("temporaries of a layer", "backward pass", "", working),
         Part("temporaries of a layer", "of what the scheduler begins early", "", early),
-        Part("temporaries of a layer", "gradient of the stream", "BTD", measure(width)),
+        Part("temporaries of a layer", "gradient of the stream", "BTD", in_layer(width)),
     ]
+    if axes["pipe"] > 1:  # all rows, forward, and their gradients
+        rows = 2 * axes["pipe"] * measure(width)
+        layer.append(Part("temporaries of a layer", "rows of the pipeline", "BTD", rows))
     if model.attention == "cudnn" and model.remat == "dots":
-        turns = model.num_layers // len(model.windows)
-        copy = turns * measure(Tensor("BTNH", 1, itemsize))
+        copy = turns_of(config, axes) * in_layer(Tensor("BTNH", 1, itemsize))
         layer.append(
             Part("temporaries of a layer", "what is kept, in another order", "LBTNH", copy)
         )
@@ -199,7 +220,7 @@ def _state(config: Config, sizes: Mapping[str, int], axes: Mapping[str, int]) ->
             part = each * leaf.count // math.prod(leaf.shape)
             yield Part("optimizer", f"{leaf.path}: both moments", leaf.letters, 8 * part)
     yield Part("counters", "step, skipped, what is recent", "", 4 * (_recent_numbers() + 3))
-    rows = share("BT", sizes, axes, IN_USE) * config.accumulate
+    rows = share("BT", sizes, axes, FED | {"T": "context"}) * config.accumulate
     yield Part("batch", ", ".join(Batch._fields), "BT", 4 * rows * len(Batch._fields))
 
 
@@ -218,7 +239,6 @@ def _gradients(config: Config, sizes: Mapping[str, int], axes: Mapping[str, int]
                 yield Part("gradients", f"{leaf.path}: accumulated", leaf.letters, 4 * each)
 
 
-def _saved(config: Config, measure: Measure) -> Iterator[Part]:
-    turns = config.model.num_layers // len(config.model.windows)
+def _saved(config: Config, turns: int, measure: Measure) -> Iterator[Part]:
     for tensor in kept(config.model).saved:
         yield Part("activations kept", tensor.name, f"L{tensor.letters}", turns * measure(tensor))

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import Config, MeshConfig
-from gptjax.plan.memory import leaves, share, sizes_of
+from gptjax.plan.memory import leaves, schedule, share, sizes_of, turns_of
 from gptjax.plan.topologies import Topology
-from gptjax.sharding import IN_USE, STORED, make_mesh
+from gptjax.sharding import BETWEEN, IN_USE, STORED, make_mesh
 
 # Bytes that a device sends, as a share of a whole tensor, of n devices (Thakur et al. 2005,
 # "Optimization of Collective Communication Operations in MPICH", sections 4.1 to 4.5: rings).
@@ -121,6 +121,8 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
     added up, and sums over tensor; in each accumulated part.
     """
     model, sizes, parts = config.model, sizes_of(config, axes), config.accumulate
+    plan = schedule(config, axes)
+    layers = turns_of(config, axes) * len(model.windows)  # of those that a device runs in a part
     itemsize = 4 if model.compute_dtype == "float32" else 2
     known = leaves(model, config.tune)
     rows = tuple(axis for axis in ("data", "fsdp", "context") if axes[axis] > 1)
@@ -129,8 +131,9 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
         whole = itemsize * sum(share(leaf.letters, sizes, axes, IN_USE) for leaf in blocks)
         again = 1 if model.remat == "none" else 2
         L = model.num_layers
-        yield Exchange("all-gather", ("fsdp",), whole // L, again * L * parts, "weights of a layer")
-        yield Exchange("reduce-scatter", ("fsdp",), whole // L, L * parts, "their gradients")
+        each, times = whole // L, layers * parts
+        yield Exchange("all-gather", ("fsdp",), each, again * times, "weights of a layer")
+        yield Exchange("reduce-scatter", ("fsdp",), each, times, "their gradients")
         table = itemsize * share("VD", sizes, axes, IN_USE)
         yield Exchange("all-gather", ("fsdp",), table, 2 * parts, "embedding and unembedding")
     others = tuple(axis for axis in rows if axis != "fsdp")
@@ -143,19 +146,27 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
         table = 4 * share("VD", sizes, axes, IN_USE)
         yield Exchange("all-reduce", rows, table, parts, "gradient of the unembedding")
         yield Exchange("all-reduce", rows, table, parts, "gradient of the embedding")
+    # A pipeline's rows are split over its stages outside of it, and in it there are a few at once.
+    in_layer = sizes | {"B": sizes["B"] // plan.microbatches * plan.stages}
+    if axes["pipe"] > 1:
+        passed = itemsize * share(
+            "BTD", in_layer, axes, BETWEEN if model.split_residual else IN_USE
+        )
+        ticks = 2 * plan.ticks * parts
+        yield Exchange("collective-permute", ("pipe",), passed, ticks, "rows to the next stage")
     if axes["context"] > 1:
-        keys = 2 * itemsize * share("BSKH", sizes, axes, IN_USE)
+        keys = 2 * itemsize * share("BSKH", in_layer, axes, IN_USE)
         # Keys and values, once more where they are computed again, and again with their gradients.
         again = 3 if model.remat == "none" else 4
-        yield Exchange(
-            "all-gather", ("context",), keys, again * model.num_layers * parts, "keys and values"
-        )
+        yield Exchange("all-gather", ("context",), keys, again * layers * parts, "keys and values")
     if axes["tensor"] > 1:
+        stream = itemsize * share("BTD", in_layer, axes, IN_USE)
         width = itemsize * share("BTD", sizes, axes, IN_USE)
         again = {"none": 4, "dots": 4, "full": 5}[model.remat]
-        yield Exchange(
-            "all-reduce", ("tensor",), width, again * model.num_layers * parts, "residual stream"
-        )
+        yield Exchange("all-reduce", ("tensor",), stream, again * layers * parts, "residual stream")
+        if model.split_residual:  # what a product reads is gathered once more, for its gradient
+            once_more = {"none": 0, "dots": 2, "full": 1}[model.remat] * layers * parts
+            yield Exchange("all-gather", ("tensor",), stream, once_more, "inputs of products")
         yield Exchange("all-reduce", ("tensor",), width, parts, "embedded tokens")
         yield Exchange("all-reduce", ("tensor",), 2 * width, parts, "gradient of the logits' input")
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gptjax.pipeline import describe_pipeline
 from gptjax.plan import Plan
 from gptjax.plan.hlo import Collective
 from gptjax.plan.roofline import ASSUMPTIONS, formula_flops, model_flops
@@ -50,7 +51,7 @@ def as_json(found: Plan) -> dict[str, Any]:
         },
         "flops": {
             "model": model_flops(found.config),
-            "formula": formula_flops(found.config),
+            "formula": formula_flops(found.config, found.axes),
             "jaxpr": compiled and compiled.flops,
         },
         "bytes_moved": compiled and compiled.moved,
@@ -100,6 +101,9 @@ def head(found: Plan) -> list[str]:
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.axes.items() if size > 1)
     each = config.batch_size / rows
+    pipe = []
+    if found.axes["pipe"] > 1:
+        pipe = [f"pipeline   {describe_pipeline(config, found.axes['data'])}"]
     return [
         f"{config.name} on {topology}: an estimate, nothing was measured",
         f"model      {number:,} parameters, {model.compute_dtype} compute, remat {model.remat}, "
@@ -107,6 +111,7 @@ def head(found: Plan) -> list[str]:
         f"mesh       {mesh or 'one device'}: {topology.num_devices:,} devices",
         f"batch      {config.batch_size:,} rows of {model.context_size:,} tokens{parts}: "
         f"{each:g} rows at once for each of {found.axes['data'] * found.axes['fsdp']:,} groups",
+        *pipe,
     ]
 
 
@@ -159,7 +164,7 @@ def _work_rows(found: Plan) -> list[tuple[str, str]]:
     rows = [
         ("work of a step", "FLOPs"),
         ("of the model, as MFU counts them", f"{model_flops(found.config):.4g}"),
-        ("done, by formula", f"{formula_flops(found.config):.4g}"),
+        ("done, by formula", f"{formula_flops(found.config, found.axes):.4g}"),
     ]
     if compiled:
         rows.append(

@@ -12,7 +12,7 @@ from gptjax.metrics import flops_per_token
 from gptjax.plan.compiled import Compiled
 from gptjax.plan.flops import executed_flops
 from gptjax.plan.liveness import kept
-from gptjax.plan.memory import leaves, measure_of, share, sizes_of
+from gptjax.plan.memory import leaves, measure_of, schedule, share, sizes_of, turns_of
 from gptjax.plan.network import exchanges, group_along, seconds
 from gptjax.plan.topologies import Topology
 from gptjax.sharding import STORED
@@ -51,9 +51,10 @@ def model_flops(config: Config) -> float:
     return flops_per_token(config.model) * config.batch_size * config.model.context_size
 
 
-def formula_flops(config: Config) -> float:
-    """Of a step on all devices, with what is computed again."""
-    return executed_flops(config.model) * config.batch_size * config.model.context_size
+def formula_flops(config: Config, axes: Mapping[str, int]) -> float:
+    """Of a step on all devices, with what is computed again, and in a pipeline's bubble."""
+    tokens = config.batch_size * config.model.context_size
+    return executed_flops(config.model, schedule(config, axes).bubble) * tokens
 
 
 def step_time(
@@ -89,7 +90,7 @@ def step_time(
             network["+".join(one.axes)] += one.count * each
         moved, source = formula_moved(config, axes), "formula"
     return Time(
-        compute=formula_flops(config) / math.prod(axes.values()) / peak,
+        compute=formula_flops(config, axes) / math.prod(axes.values()) / peak,
         memory=moved / bandwidth if bandwidth else None,
         network=dict(network),
         source=source,
@@ -101,9 +102,10 @@ def formula_moved(config: Config, axes: Mapping[str, int]) -> float:
     model, sizes = config.model, sizes_of(config, axes)
     measure = measure_of(config, axes)
     traces = kept(model)
-    turns = model.num_layers // len(model.windows)
+    in_layer = measure_of(config, axes, in_layer=True)
+    turns = turns_of(config, axes)
     pieces = model.context_size // sizes["Q"]
-    part = turns * (traces.forward.moved(measure) + traces.backward.moved(measure))
+    part = turns * (traces.forward.moved(in_layer) + traces.backward.moved(in_layer))
     part += pieces * traces.loss.moved(measure)
     update = sum(
         28 * share(leaf.letters, sizes, axes, STORED) for leaf in leaves(model, config.tune)

@@ -121,10 +121,11 @@ class Entities:
         plain = [plain_tag(str(tag).strip(), scheme) for tag in tags]
         if None in plain:
             place = plain.index(None)
+            line = where[place].rpartition(":")[2]
             raise Flaw(
                 "broken tags",
-                f"{where[place].rpartition(':')[2]}: {tags[place]!r} is no tag of {scheme}; give "
-                "--task.scheme, or another column with --task.label-column",
+                f"line {line}: {tags[place]!r} is no tag of {scheme}; give --task.scheme, or "
+                "another column with --task.label-column",
             )
         found = entities(plain)
         place = first_broken(plain, scheme)

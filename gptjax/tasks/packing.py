@@ -222,11 +222,12 @@ class ExampleRows:
         return batch
 
 
-def check_examples(encoded: Encodings, split: str) -> None:
+def check_examples(encoded: Encodings, problems: Problems) -> None:
     """Refuse a split of which nothing is left.
 
     Raises:
       DataError: if it has no example.
     """
     if not len(encoded.example_of):
-        raise DataError(f"{split}: no example is left; give others, or mend what was left out")
+        lines = "\n".join([f"{problems.split}: no example is left", *problems.lines()])
+        raise DataError(f"{lines}\ngive others, or mend what was left out")

@@ -54,10 +54,13 @@ class Problems:
           DataError: with the count of each kind, and the first records of it.
         """
         if self.refused:
+            columns = "name the columns, by --task.text-column, --task.label-column and the like; "
             raise DataError(
                 f"{self.split}: {self.refused:,} of {self.read:,} records cannot be used\n"
                 + "\n".join(self.lines())
-                + "\nmend them, or leave them out: --task.on-bad-example skip; repair mends some"
+                + "\n"
+                + columns * (("no such column", "left out") in self.counts)
+                + "mend them, or leave them out: --task.on-bad-example skip; repair mends some"
             )
 
     def lines(self) -> list[str]:

@@ -49,7 +49,8 @@ def test_kills_at_random_instants(lab):
 def test_kills_of_one_of_two_processes(lab):
     from faults import kills
 
-    outcome = kills(lab, count=6, steps=150, span=SPAN, processes=2)
+    # Most of the time the others wait, until they know that one is lost.
+    outcome = kills(lab, count=6, steps=150, span=SPAN, processes=2, jobs=JOBS)
     assert_well(outcome)
     assert outcome.figures["kills"] == 6
 
