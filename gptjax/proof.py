@@ -152,10 +152,11 @@ def _numbers(config: Config, mesh: Mesh) -> Iterator[tuple[str, Leaves]]:
     yield "parameters", params
 
     batch = to_devices(mesh, _weighed(rows.batch_at(0, which=which), config, which), size)
-    loss, grads, losses_BT = _jit_losses(config, mesh)(state.params, batch)
+    loss, grads = _jit(config, mesh, _gradients)(state.params, batch)
     yield "loss", _leaves({"loss": loss}, {"loss": ""})
     letters = trained_letters(config)
     yield "gradients", _leaves(grads, letters)
+    losses_BT = _jit(config, mesh, _dropped)(state.params, batch)
     yield "dropout", _leaves({"losses": losses_BT}, {"losses": "BT"})
 
     state, _ = jit_train_step(config, mesh)(state, batch)
@@ -218,30 +219,34 @@ def _stirred_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(stirred, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def _jit_losses(config: Config, mesh: Mesh) -> Callable:
-    """A compiled function of parameters and a batch: the loss and its gradients, and the losses of
-    all positions with dropout.
+def _jit(config: Config, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the config, parameters, a batch and the key of the first step, compiled for
+    parameters and a batch on a mesh.
     """
-    model = resolve(config.model, "cpu")[0]
-    config = replace(config, model=model)
+    config = replace(config, model=resolve(config.model, "cpu")[0])
     state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     batch = Batch(*[in_use(mesh, "BT")] * len(Batch._fields))
 
-    def losses(params: Params, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:
+    def run(params: Params, batch: Batch) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             key = jax.random.fold_in(jax.random.key(config.seed), 0)
-            loss, grads = loss_and_grads(params, batch, config, key)
-            grads = jax.tree.map(constrain_stored, grads, trained_letters(config))
-            losses_BT = token_losses(
-                merged(params, config),
-                batch,
-                replace(model, dropout=DROPOUT),
-                key=key,
-                run=stack_of(config.mesh),
-            )
-            return loss, grads, losses_BT
+            return function(config, params, batch, key)
 
-    return jax.jit(losses, in_shardings=(state.params, batch))
+    return jax.jit(run, in_shardings=(state.params, batch))
+
+
+def _gradients(
+    config: Config, params: Params, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Params]:
+    """The loss, and its gradients as they are stored."""
+    loss, grads = loss_and_grads(params, batch, config, key)
+    return loss, jax.tree.map(constrain_stored, grads, trained_letters(config))
+
+
+def _dropped(config: Config, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+    """The losses of all positions with dropout."""
+    model, run = replace(config.model, dropout=DROPOUT), stack_of(config.mesh)
+    return token_losses(merged(params, config), batch, model, key=key, run=run)
 
 
 # --- leaves --------------------------------------------------------------------------------------
