@@ -221,8 +221,8 @@ def b13_h100() -> Config:
 def b175_v5p() -> Config:
     """175B on v5p:512.
 
-    By formula, 2026-11-25: 74.0 GiB a device of 95.7; MFU at most 70% to 99%; 15.8 to 22.5 days,
-    194,104 to 276,710 chip hours, at least.
+    By formula, 2026-11-25: 74.0 GiB a device of 95.7; MFU at most 69% to 99%; 15.8 to 22.9 days,
+    194,104 to 281,079 chip hours, at least. Compiled: 72.5 GiB, MFU at most 72% to 99%.
     """
     return _laid(b175(), remat="dots", accumulate=2, split_residual=True, fsdp=256, tensor=2)
 
@@ -230,8 +230,8 @@ def b175_v5p() -> Config:
 def b175_v4() -> Config:
     """175B on v4:1024.
 
-    By formula, 2026-11-25: 20.5 GiB a device of 30.8; MFU at most 52% to 99%; 13.2 to 25.1 days,
-    323,977 to 617,459 chip hours, at least.
+    By formula, 2026-11-25: 20.5 GiB a device of 30.8; MFU at most 50% to 99%; 13.2 to 26.4 days,
+    323,977 to 648,043 chip hours, at least.
     """
     return _laid(b175(), remat="dots", accumulate=4, split_residual=True, fsdp=128, tensor=8)
 
@@ -239,8 +239,8 @@ def b175_v4() -> Config:
 def b175_v6e() -> Config:
     """175B on v6e:256.
 
-    By formula, 2026-11-25: 24.9 GiB a device of 31.2; MFU at most 38% to 82%; 19.2 to 40.9 days,
-    118,106 to 251,495 chip hours, at least.
+    By formula, 2026-11-25: 24.9 GiB a device of 31.2; MFU at most 37% to 82%; 19.2 to 42.0 days,
+    118,106 to 258,048 chip hours, at least.
     """
     return _laid(b175(), remat="full", accumulate=4, split_residual=True, fsdp=64, tensor=4)
 
@@ -248,8 +248,8 @@ def b175_v6e() -> Config:
 def b175_tpu7x() -> Config:
     """175B on tpu7x:256.
 
-    By formula, 2026-11-25: 27.8 GiB a device of 94.8; MFU at most 50% to 82%; 7.6 to 12.6 days,
-    46,997 to 77,145 chip hours, at least.
+    By formula, 2026-11-25: 27.8 GiB a device of 94.8; MFU at most 49% to 82%; 7.6 to 12.7 days,
+    46,997 to 78,128 chip hours, at least.
     """
     return _laid(b175(), remat="full", split_residual=True, fsdp=256, tensor=2)
 
@@ -258,7 +258,7 @@ def b175_h100() -> Config:
     """175B on h100:512.
 
     By formula, 2026-11-25: 37.0 GiB a device of 79.1; MFU at most 54% to 82%; 8.9 to 13.6 days,
-    108,896 to 166,837 chip hours, at least. Compiled: 35.3 GiB, MFU at most 52% to 82%.
+    108,896 to 167,273 chip hours, at least. Compiled: 35.3 GiB, MFU at most 52% to 82%.
     """
     return _laid(b175(), remat="full", split_residual=True, fsdp=128, tensor=2)
 

@@ -26,7 +26,8 @@ METHODS |= {"connection.send", "connection.recv", "multiprocessing.Queue", "mult
 # The files that may import code, and why that is none that comes from data.
 LOADERS = {
     "__init__.py": "importlib",  # the public names, of this package
-    "config.py": "runpy",  # the user's own file, which is there to be run
+    "compiled.py": "importlib",  # the versions of packages
+    "config/files.py": "runpy",  # the user's own file, which is there to be run
     "message.py": "importlib",  # names of this package alone
     "plan/topologies.py": "importlib",  # whether the packages of compilers are installed
     "summary.py": "importlib",  # the version of a package
@@ -158,7 +159,7 @@ def test_an_error_comes_back_as_one_like_it(error, kind, words):
     [
         {"function": "os:system"},
         {"function": "gptjax.pool:subprocess"},
-        {"function": "gptjax.config:Path"},  # its name is there, but it is not of this package
+        {"function": "gptjax.config.files:Path"},  # its name is there, but not of this package
         {"made": ["builtins:eval", ["1"]]},
         {"made": ["gptjax.config:__import__", ["os"]]},
         {"other": 1},

@@ -251,6 +251,10 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -308,10 +312,10 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
     if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes):
         following = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", match[1])}
         return max((_ring(first, following) for first in following), key=len)
+    if match := _MESH_GROUPS.search(attributes):
+        return _mesh_group(match)
     match = re.search(r"replica_groups=(\S.*?)(?:, \w+=|$)", attributes)
     text = match[1] if match else "{}"
-    if text.startswith("mesh["):
-        return _mesh_group(text)
     if match := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         sizes, source = (tuple(map(int, part.split(","))) for part in match.groups()[:2])
         order = np.arange(math.prod(source)).reshape(source)
@@ -331,27 +335,19 @@ def _ring(first: int, following: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(ring)
 
 
-def _mesh_group(text: str) -> tuple[int, ...]:
-    """Of `mesh['a'=2,'b'=4] {'b'}`, perhaps with an order of the devices, the first group."""
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", text.partition("]")[0])}
-    order = np.arange(math.prod(sizes.values()))
-    if match := re.search(
-        r"device_ids=\(?\[?([\d,]+)\]?(?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", text
-    ):
-        if match[2]:
-            source = tuple(map(int, match[2].split(",")))
-            order = np.arange(math.prod(source)).reshape(source)
-            if match[3]:
-                order = order.transpose([int(axis) for axis in match[3].split(",")])
-        else:
-            order = np.array([int(one) for one in match[1].split(",")])
-    chosen = re.findall(r"'(\w+)'", text.partition("] ")[2])
-    grid = order.reshape(tuple(sizes.values()))
-    names = list(sizes)
-    for axis in reversed(range(len(names))):
-        if names[axis] not in chosen:
-            grid = np.take(grid, 0, axis=axis)
-    return tuple(grid.reshape(-1).tolist())
+def _mesh_group(match: re.Match) -> tuple[int, ...]:
+    """The first group along the chosen axes of a mesh, whose devices may have another order."""
+    sizes, shape, source, turned, chosen = match.groups()
+    names = dict(re.findall(r"'(\w+)'=(\d+)", sizes))
+    grid = np.arange(math.prod(map(int, names.values())))
+    if shape:
+        grid = grid.reshape([int(size) for size in (source or shape).split(",")])
+    if turned:
+        grid = grid.transpose([int(axis) for axis in turned.split(",")])
+    grid = grid.reshape([int(size) for size in names.values()])
+    along = re.findall(r"'(\w+)'", chosen)
+    index = tuple(slice(None) if name in along else 0 for name in names)
+    return tuple(grid[index].reshape(-1).tolist())
 
 
 def _axis(group: tuple[int, ...], axes: Mapping[str, int]) -> str:

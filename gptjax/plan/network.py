@@ -164,6 +164,9 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
         width = itemsize * share("BTD", sizes, axes, IN_USE)
         again = {"none": 4, "dots": 4, "full": 5}[model.remat]
         yield Exchange("all-reduce", ("tensor",), stream, again * layers * parts, "residual stream")
+        if model.split_residual:  # what a product reads is gathered once more, for its gradient
+            once_more = {"none": 0, "dots": 2, "full": 1}[model.remat] * layers * parts
+            yield Exchange("all-gather", ("tensor",), stream, once_more, "inputs of products")
         yield Exchange("all-reduce", ("tensor",), width, parts, "embedded tokens")
         yield Exchange("all-reduce", ("tensor",), 2 * width, parts, "gradient of the logits' input")
 

@@ -197,10 +197,20 @@ def names() -> list[str]:
 
 
 def _nearest(name: str) -> str:
-    """What to give instead."""
-    chip = difflib.get_close_matches(re.split(r"[:\-_ ]", name.lower())[0], CHIPS, n=1, cutoff=0.5)
-    own = [one for one in names() if chip and one.startswith(f"{chip[0]}:")]
-    near = difflib.get_close_matches(name.lower(), own or names(), n=3, cutoff=0.3) or own[:3]
+    """What to give instead: of the chip that was meant, shapes of about as many."""
+    chip, rest = re.match(r"([a-z]*-?\d*[a-z]*)(.*)", name.lower(), re.DOTALL).groups()
+    sizes = re.findall(r"\d+", rest)
+    chip = chip.replace("-", "")
+    chips = [chip] if chip in CHIPS else difflib.get_close_matches(chip, CHIPS, n=3, cutoff=0.5)
+    wanted = math.prod(map(int, sizes)) or 1
+
+    def distance(one: str) -> tuple[bool, int, float]:
+        found = parse_topology(one)
+        another = len(sizes) > 1 and len(sizes) != found.chip.dimensions
+        far = abs(math.log(math.prod(found.shape) / wanted))
+        return another, chips.index(found.chip.name), far
+
+    near = sorted((one for one in names() if one.partition(":")[0] in chips), key=distance)[:3]
     return (
         f"Nearest: {', '.join(near) or 'none'}; give CHIP:SHAPE with a chip of "
         f"{', '.join(CHIPS)}, such as v5p:8x8x8, v5e:16x16, h100:64x8 or cpu:8"
