@@ -15,6 +15,7 @@ whose programs you would run.
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import tempfile
 import threading
@@ -251,7 +252,7 @@ def fingerprint(config: Config, mesh: Mesh) -> dict[str, Any]:
 def _write(path: Path, content: bytes) -> None:
     """All of a file, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as new:
-        new.write(content)
-    sync(Path(new.name))
-    Path(new.name).rename(path)
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")  # processes may write the same
+    new.write_bytes(content)
+    sync(new)
+    new.rename(path)

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import jax
 import pytest
-from launch import assert_same, finish, make_folder, start
+from launch import MAIN, assert_same, finish, make_folder, start
 from small import PLAIN, first_state, random_batch
 
+from gptjax.cli.planning import Plan, _save_problems
 from gptjax.compiled import compile_step, kept_in, save_executable, seal, take_executable
 from gptjax.config import Config, GuardConfig, MeshConfig
+from gptjax.plan.topologies import parse_topology
 from gptjax.sharding import make_mesh, to_devices
 
 CONFIG = Config(model=PLAIN, batch_size=4, steps=20)
@@ -138,16 +140,14 @@ def test_a_file_that_is_not_whole_is_refused(tmp_path, saved, mesh, change, word
     assert not list(tmp_path.glob("**/*-cache"))
 
 
-SAVE = """
-import sys
-from pathlib import Path
-import jax
-from gptjax.compiled import save_executable
-from gptjax.rundir import read_run
-from gptjax.sharding import make_mesh
-config, _ = read_run(Path(sys.argv[1]))
-save_executable(Path(sys.argv[2]), config, make_mesh(config.mesh))
-"""
+def test_a_plan_refuses_to_save_what_it_cannot():
+    given = Plan(save="step.bin", compile=False)
+    problems = list(_save_problems(given, parse_topology("h100:8")))
+    assert [problem.partition(" step.bin")[2][:30] for problem in problems] == [
+        " and --no-compile exclude each",
+        ": for a GPU the compiler choos",
+    ]
+    assert not list(_save_problems(Plan(save="step.bin"), parse_topology("v5e:8")))
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_runs_of_the_command_compile_a_step_once(tmp_path, monkeypatch):
     assert found in finish(start(folder, "run"))
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     subprocess.run(
-        [sys.executable, "-c", SAVE, "run", "step.bin"],
+        [sys.executable, "-c", MAIN, "plan", "run.py", "--topology", "cpu:1", "--save", "step.bin"],
         cwd=folder,
         env=os.environ | {"XLA_FLAGS": flags},
         check=True,

@@ -37,6 +37,8 @@ class Plan:
     explain: bool = False  # say where each parameter and activation lies, and what is not split
     json: str | None = None  # a file for all figures
     html: str | None = None  # a file for the plan as a page
+    # a file for the compiled step, which `gptjax train --executable FILE` takes on such hardware
+    save: str | None = None
     debug: bool = False  # show the traceback of an error
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -53,6 +55,7 @@ def plan(experiment: str, given: Plan) -> None:
     from gptjax.plan.topologies import parse_topology
 
     topology = parse_topology(given.topology, given.slices)
+    refuse([*_save_problems(given, topology)])
     _cpu_devices(topology)
     budget = given.budget and parse_budget(given.budget, given.price, topology)
     config = _with_vocabulary(given.config)
@@ -71,6 +74,8 @@ def plan(experiment: str, given: Plan) -> None:
         Path(given.json).write_text(json.dumps(as_json(found), indent=2) + "\n")
     if given.html:
         write_page(found, Path(given.html))
+    if given.save:
+        print(_saved(Path(given.save), found))
 
 
 def _problems(given: Plan) -> Iterator[str]:
@@ -81,6 +86,31 @@ def _problems(given: Plan) -> Iterator[str]:
             f"task.kind = {given.config.task.kind!r}: its labels are not known before its data is "
             "read: plan the same model with --task.kind None"
         )
+
+
+def _save_problems(given: Plan, topology: "Topology") -> Iterator[str]:
+    if given.save is None:
+        return
+    if not given.compile:
+        yield f"--save {given.save} and --no-compile exclude each other: give one of them"
+    if topology.chip.platform == "gpu":
+        yield (
+            f"--save {given.save}: for a GPU the compiler chooses kernels by their time on it, and "
+            f"{topology} is not there: run there once, and RUN/compiled/ keeps the step"
+        )
+
+
+def _saved(path: Path, found: "Estimate") -> str:
+    """Save the step of a plan, if it fits."""
+    from gptjax.compiled import save_executable
+    from gptjax.plan.topologies import find_devices
+    from gptjax.sharding import make_mesh
+
+    if found.margin < 0:
+        return f"not saved  {path}: it does not fit"
+    mesh = make_mesh(found.config.mesh, find_devices(found.topology))
+    save_executable(path, found.config, mesh)
+    return f"saved      {path}, which `gptjax train --executable {path}` takes on such hardware"
 
 
 def _alone() -> None:
