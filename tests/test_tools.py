@@ -232,3 +232,26 @@ def test_linked_shards_are_a_store(tmp_path):
     assert store.num_tokens == 19 * 500
     np.testing.assert_array_equal(windows[:8], windows[8:16])
     assert len({window.tobytes() for window in windows}) == 8
+
+
+# --- plan_grid ---------------------------------------------------------------------------------
+
+
+def test_the_grid_counts_what_is_off_and_what_is_said_wrongly():
+    from plan_grid import table_of
+
+    def line(total, peak, **others):
+        case = {"topology": "v5e:8", "size": "small", "options": "", "seconds": 1.0}
+        return case | {"sum": total, "peak": peak, "device": 100, "flops_ratio": 1.0} | others
+
+    lines = [
+        line(90, 95, state_off=0),
+        line(98, 105, state_off=None),  # by the compiler, it does not fit
+        line(40, 80, state_off=8),
+        {"topology": "v5e:8", "size": "xl", "options": "--x", "error": ["no compiler"]},
+    ]
+    table = table_of(lines)
+    assert "within 10% of the peak: 2 of 3, the median 6.7% off, the worst 50.0%" in table
+    assert "fits or does not, said alike: 2 of 3" in table
+    assert "bytes of the state exact: 1 of 2" in table
+    assert "['no compiler']  v5e:8 xl --x" in table
