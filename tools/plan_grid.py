@@ -100,7 +100,9 @@ def measure(case: Case) -> dict[str, Any]:
         "sum": memory["sum"],
         "peak": memory["compiler_peak"],
         "device": memory["device"],
-        "state_off": arguments and sum(memory["kinds"][kind] for kind in STATE) - arguments,
+        "state_off": sum(memory["kinds"][kind] for kind in STATE) - arguments
+        if arguments
+        else None,
         "flops_ratio": flops["formula"] / flops["jaxpr"],
         "attention": found["attention"],
     }
