@@ -247,4 +247,5 @@ def test_processes_that_each_have_a_part_of_every_row(tmp_path):
         for step, figure in whole.items():
             assert split[step]["data/batch_hash"] == figure["data/batch_hash"]
             for name in ("train/loss", "eval/loss"):
-                assert split[step][name] == pytest.approx(figure[name], rel=0, abs=5e-5)
+                if figure[name] is not None:  # not every step is evaluated
+                    assert split[step][name] == pytest.approx(figure[name], rel=0, abs=5e-5)

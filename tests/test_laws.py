@@ -164,7 +164,9 @@ def test_a_mesh_gives_every_gradient_of_one_device():
 def test_dropout_is_the_same_on_every_mesh():
     config = Config(model=replace(PLAIN, dropout=0.3), optimizer=OPTIMIZER, batch_size=16, steps=20)
     one, _ = run_steps(config, 3)
-    many, _ = run_steps(replace(config, mesh=MESHES["fsdp=4 tensor=2"]), 3, num_devices=8)
+    # Not fsdp: what is drawn lets XLA's CPU runtime begin gathers of weights in another order on
+    # each device, and now and then they wait for each other for ever.
+    many, _ = run_steps(replace(config, mesh=MeshConfig(data=4, tensor=2)), 3, num_devices=8)
     np.testing.assert_allclose(
         [m["train/loss"] for m in many], [m["train/loss"] for m in one], rtol=5e-5
     )
