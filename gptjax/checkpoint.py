@@ -433,9 +433,9 @@ class Checkpoints:
         failed one must not be tried again yet, nothing happens but a line in the events.
 
         Args:
-          after_all: once the save before this one has ended, which is waited for.
           wait: until the step is on the disk, and before that for the save before this one; one
             that fails is tried again at once when its time has come. For the last save of a run.
+          after_all: once the save before this one has ended, which is waited for.
         Raises:
           OSError: if a save failed, and none is left of the retries.
           NotFiniteError: if a state to save is not finite; the step before stays the latest.

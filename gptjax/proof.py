@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config import Config, MeshConfig, check
-from gptjax.data import Batch, Member, Rows
+from gptjax.data import Batch, Member, Rows, Which
 from gptjax.model import Params, resolve, token_losses
 from gptjax.pipeline import stack_of
 from gptjax.sharding import (
@@ -190,7 +190,7 @@ def _rows(config: Config) -> Rows:
     )
 
 
-def _weighed(batch: Batch, config: Config, which: slice) -> Batch:
+def _weighed(batch: Batch, config: Config, which: Which) -> Batch:
     """Rows whose weights add up to another sum in each, with what the head is to say."""
     rng, model = np.random.default_rng(config.seed), config.model
     shape = (config.batch_size, model.context_size)

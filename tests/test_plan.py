@@ -223,6 +223,30 @@ def test_bytes_of_a_program():
     assert 3 * 8000 <= moved <= 3 * 8000 + 2 * 8000 + 100  # and perhaps a copy
 
 
+SLICES = """HloModule slices
+
+%fused (a: f32[1000], b: s32[]) -> f32[10] {
+  %a = f32[1000]{0} parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %part = f32[10]{0} dynamic-slice(%a, %b), dynamic_slice_sizes={10}
+}
+
+ENTRY %main (x: f32[1000], i: s32[]) -> (f32[1000], f32[10]) {
+  %x = f32[1000]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %slice = f32[10]{0} dynamic-slice(%x, %i), dynamic_slice_sizes={10}
+  %f = f32[10]{0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %new = f32[1000]{0} dynamic-update-slice(%x, %slice, %i)
+  ROOT %both = (f32[1000]{0}, f32[10]{0}) tuple(%new, %f)
+}
+"""
+
+
+def test_of_what_is_sliced_only_the_slices_move():
+    alone, fused, update = 2 * 40, 40 + 4 + 40, 2 * 40  # the fused one reads its index, too
+    assert Program(SLICES).bytes_moved() == alone + fused + update
+
+
 def test_network():
     pod, hosts = parse_topology("v5p:8x8x8"), parse_topology("h100:64")
     mesh = MeshConfig(fsdp=64, tensor=8)

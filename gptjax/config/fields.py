@@ -384,8 +384,8 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    # a run, or a folder of Hugging Face's Transformers, whose parameters a new run begins with;
-    # None: random ones. Its model and tokenizer must be those of this run
+    # a run, or a folder of Hugging Face's Transformers or of PEFT's adapters, whose parameters a
+    # new run begins with; None: random ones. Its model and tokenizer must be those of this run
     init_from: str | None = None
     steps: Count = 1000  # updates of the parameters
     batch_size: Count = 8  # rows of a step, over all devices and accumulated parts

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from gptjax.plan import Plan
 from gptjax.plan.liveness import kept
-from gptjax.plan.memory import TABLES, leaves, share, sizes_of
+from gptjax.plan.memory import TABLES, axes_of, leaves, share, sizes_of
 from gptjax.sharding import IN_USE, STORED
 
 
@@ -51,7 +51,7 @@ def lies(letters: str, axes: Mapping[str, int], table: dict) -> str:
     """Each letter that is split, with its axes and their sizes."""
     found = []
     for letter in letters:
-        on = _on(letter, table)
+        on = axes_of(letter, table)
         if math.prod(axes[axis] for axis in on) > 1:
             found.append(f"{letter} " + "+".join(f"{axis} {axes[axis]}" for axis in on))
     return ", ".join(found) or "every device"
@@ -61,14 +61,9 @@ def whole(letters: str, axes: Mapping[str, int], table: dict) -> str:
     """Of each letter that is not split, why."""
     reasons: dict[str, list[str]] = {}
     for letter in letters:
-        on = _on(letter, table)
+        on = axes_of(letter, table)
         if not on:
             reasons.setdefault("no axis splits it", []).append(letter)
         elif math.prod(axes[axis] for axis in on) == 1:
             reasons.setdefault(f"{' and '.join(on)} is 1", []).append(letter)
     return "; ".join(f"{''.join(letters)}: {reason}" for reason, letters in reasons.items())
-
-
-def _on(letter: str, table: dict) -> tuple[str, ...]:
-    on = table.get(letter) or ()
-    return (on,) if isinstance(on, str) else on

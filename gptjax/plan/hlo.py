@@ -29,7 +29,6 @@ class Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     rest: str  # attributes; of a constant its value, of a parameter its number
-    root: bool
 
 
 class Collective(NamedTuple):
@@ -189,15 +188,18 @@ class Program:
             for called in _CALLED.findall(one.rest)
         }
         return sum(
-            self.times[name] * sum(self._moved(one, instructions) for one in instructions)
+            self.times[name] * self._moved_in(instructions)
             for name, instructions in self.computations.items()
             if name not in fused
         )
 
-    def _moved(self, one: Instruction, beside: list[Instruction]) -> int:
+    def _moved_in(self, instructions: list[Instruction]) -> int:
+        shapes = _shapes(instructions)
+        return sum(self._moved(one, shapes) for one in instructions)
+
+    def _moved(self, one: Instruction, shapes: Mapping[str, str]) -> int:
         if one.opcode in FREE or one.opcode.endswith("-done"):
             return 0
-        shapes = self._shapes(beside)
         if one.opcode in ("dynamic-slice", "slice"):
             return 2 * _size(one.shape)
         if one.opcode == "dynamic-update-slice":
@@ -207,14 +209,11 @@ class Program:
         reads = sum(_size(shapes.get(operand, "")) for operand in one.operands)
         return reads + _size(one.shape)
 
-    def _shapes(self, instructions: list[Instruction]) -> dict[str, str]:
-        return {one.name: one.shape for one in instructions}
-
     def _fusion(self, one: Instruction, inner: list[Instruction]) -> int:
         """Of a parameter that is only sliced the slices are read, and where a slice is replaced
         the rest stays.
         """
-        own = self._shapes(inner)
+        own = _shapes(inner)
         read = sum(self._read(each, inner) for each in inner if each.opcode == "parameter")
         written = _size(one.shape)
         for each in inner:
@@ -250,7 +249,7 @@ class Program:
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
@@ -262,13 +261,17 @@ def _instruction(line: str) -> Instruction | None:
     match = _LINE.match(line)
     if not match:
         return None
-    shape, rest = _split_shape(match[3])
+    shape, rest = _split_shape(match[2])
     opcode, _, rest = rest.partition("(")
     inside, rest = _split_parenthesis(rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     if opcode in ("constant", "parameter"):
         rest = inside
-    return Instruction(match[2], shape, opcode.strip(), operands, rest, bool(match[1]))
+    return Instruction(match[1], shape, opcode.strip(), operands, rest)
+
+
+def _shapes(instructions: list[Instruction]) -> dict[str, str]:
+    return {one.name: one.shape for one in instructions}
 
 
 def _split_shape(text: str) -> tuple[str, str]:

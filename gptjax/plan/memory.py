@@ -79,10 +79,15 @@ def share(letters: str, sizes: Mapping[str, int], axes: Mapping[str, int], table
     """How many numbers of a tensor one device has."""
     numbers = 1
     for letter in letters:
-        on = table.get(letter) or ()
-        extent = math.prod(axes[axis] for axis in ((on,) if isinstance(on, str) else on))
+        extent = math.prod(axes[axis] for axis in axes_of(letter, table))
         numbers *= -(-sizes[letter] // extent)
     return numbers
+
+
+def axes_of(letter: str, table: dict) -> tuple[str, ...]:
+    """The axes of the mesh that a table splits the dimension of a letter over."""
+    on = table.get(letter) or ()
+    return (on,) if isinstance(on, str) else on
 
 
 def leaves(model: GPTConfig, tune: TuneConfig) -> tuple[Leaf, ...]:

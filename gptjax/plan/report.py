@@ -8,6 +8,7 @@ from typing import Any
 from gptjax.pipeline import describe_pipeline
 from gptjax.plan import Plan
 from gptjax.plan.hlo import Collective
+from gptjax.plan.memory import leaves
 from gptjax.plan.roofline import ASSUMPTIONS, formula_flops, model_flops
 
 MOST_LISTED = 12  # exchanges in the table; JSON has all
@@ -96,7 +97,7 @@ def head(found: Plan) -> list[str]:
     """What is planned, in a few lines."""
     config, topology = found.config, found.topology
     model = config.model
-    number = sum(math.prod(leaf) for leaf in _shapes(found))
+    number = sum(math.prod(leaf.shape) for leaf in leaves(model, config.tune))
     rows = found.axes["data"] * found.axes["fsdp"] * config.accumulate
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.axes.items() if size > 1)
@@ -113,12 +114,6 @@ def head(found: Plan) -> list[str]:
         f"{each:g} rows at once for each of {found.axes['data'] * found.axes['fsdp']:,} groups",
         *pipe,
     ]
-
-
-def _shapes(found: Plan) -> list[tuple[int, ...]]:
-    from gptjax.plan.memory import leaves
-
-    return [leaf.shape for leaf in leaves(found.config.model, found.config.tune)]
 
 
 def memory_rows(found: Plan) -> list[tuple[str, ...]]:

@@ -208,7 +208,6 @@ def changes(config: Config, topology: Topology) -> Iterator[Config]:
             continue
         if split and axes["tensor"] == 1:
             continue
-        mesh = replace(mesh, data=None) if axes == given else mesh
         one = replace(
             config,
             mesh=config.mesh if axes == given else mesh,
