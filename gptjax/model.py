@@ -29,6 +29,7 @@ from gptjax.sharding import (
     constrain,
     constrain_between,
     constrain_fed,
+    constrain_looked_up,
     constrain_stored,
     from_between,
     gather,
@@ -83,14 +84,24 @@ class Layer(nn.Module):
     def weight(self, name: str, letters: str, init: Callable = nn.initializers.zeros) -> jax.Array:
         """The parameter of these letters, in the compute dtype and laid out for use.
 
-        The one place that knows how parameters are stored (float32, by the table STORED) and how
-        they are used.
+        This and `rows` are the places that know how parameters are stored (float32, by the table
+        STORED) and how they are used.
         """
+        return gather(self._stored(name, letters, init), letters)
+
+    def rows(
+        self, name: str, letters: str, index_BT: jax.Array, init: Callable = nn.initializers.zeros
+    ) -> jax.Array:
+        """Rows of a table, [B, T, D], laid out as they are looked up."""
+        table = constrain_stored(self._stored(name, letters, init), letters)
+        return constrain_looked_up(table[index_BT], "BTD")
+
+    def _stored(self, name: str, letters: str, init: Callable) -> jax.Array:
         shape = tuple(self.config.sizes[letter] for letter in letters)
         value = self.param(
             name, nn.with_logical_partitioning(init, tuple(letters)), shape, jnp.float32
         )
-        return gather(value.astype(self.config.compute_dtype), letters)
+        return value.astype(self.config.compute_dtype)
 
     def linear(
         self,
@@ -288,9 +299,10 @@ class Embedding(Layer):
         mistake: see `forward`.
         """
         init = nn.initializers.normal(self.config.initial_scale)
-        x_BTD = self.weight("tokens", "VD", init)[tokens_BT]
+        x_BTD = self.rows("tokens", "VD", tokens_BT, init)
         if self.config.positions == "learned":
-            x_BTD += self.weight("positions", "PD", init)[positions_BT]
+            x_BTD += self.rows("positions", "PD", positions_BT, init)
+        x_BTD = constrain_fed(x_BTD, "BTD")
         return before_blocks(drop(x_BTD, self.config.dropout, keys_B), self.config)
 
 

@@ -29,6 +29,10 @@ IN_USE = {
 BETWEEN = IN_USE | {"T": ("context", "tensor")}
 # Of a batch as a step is given it: every stage of the pipeline needs all rows.
 FED = IN_USE | {"B": ("data", "fsdp")}
+# Of rows of a table, as they are looked up: each device of the fsdp axis has a slice of the width of
+# the table, and looks it up for the tokens of all of them. What travels is activations both ways,
+# not the table, and not the activations of the whole batch for its gradient, as XLA would do.
+LOOKED_UP = {"B": "data", "T": "context", "D": "fsdp"}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -102,6 +106,11 @@ def constrain_fed(x: jax.Array, letters: str, *, between: bool = False) -> jax.A
     dimensions as in use, or as between blocks.
     """
     return _place(x, letters, (BETWEEN if between else IN_USE) | {"B": FED["B"]})
+
+
+def constrain_looked_up(x: jax.Array, letters: str) -> jax.Array:
+    """Place a tensor as rows of a table are looked up, split by width as the table is stored."""
+    return _place(x, letters, LOOKED_UP)
 
 
 def gather(x: jax.Array, letters: str) -> jax.Array:

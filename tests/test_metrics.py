@@ -265,7 +265,7 @@ def test_flops_of_a_banded_layer_are_those_of_its_window():
 def test_flops_are_those_that_xla_counts(change):
     """A forward and a backward pass, layers unrolled since XLA counts a loop's body once."""
     config = GPTConfig(
-        vocab_size=512, context_size=128, num_layers=1, width=256, num_heads=4,
+        vocab_size=512, context_size=128, num_layers=2, width=768, num_heads=12,
         compute_dtype="float32", attention="xla", remat="none", **change,
     )  # fmt: skip
     tokens_BT = jax.ShapeDtypeStruct((2, 128), jnp.int32)
@@ -278,7 +278,7 @@ def test_flops_are_those_that_xla_counts(change):
         return logits_BTV, backward(dlogits_BTV)
 
     counted = jax.jit(both).lower(params, tokens_BT, logits_BTV).compile().cost_analysis()["flops"]
-    assert counted == pytest.approx(flops_per_token(config) * 2 * 128, rel=0.03)
+    assert counted == pytest.approx(flops_per_token(config) * 2 * 128, rel=0.01)
 
 
 def test_mfu_by_hand():

@@ -215,10 +215,18 @@ class Lab:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def passed_over(self, run: str) -> int:
-        """Saves that came due since the last one that was finished, while one was under way."""
-        kinds = [line["event"] for line in read_events(self.folder / run)]
-        since = kinds[::-1].index("save") if "save" in kinds else len(kinds)
-        return kinds[len(kinds) - since :].count("save_skipped")
+        """Saves that came due in the last attempt after the step of the last finished one, while
+        one was under way: that one, or another.
+        """
+        saved, skipped = 0, []
+        for line in read_events(self.folder / run):
+            if line["event"] == "start":
+                skipped = []
+            elif line["event"] == "save":
+                saved = line["step"]
+            elif line["event"] == "save_skipped":
+                skipped.append(line["step"])
+        return sum(step > saved for step in skipped)
 
     def unfinished(self, run: str) -> list[str]:
         """Files and folders of what was begun: after a run there must be none."""

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Whether slurm.sh does what it says: the losses of two processes are those of one, and a job goes on
-# by itself after one of its processes was killed, and after its time was over. With `gptjax` on the
+# Whether slurm.sh does what it says: the losses of two and four processes are those of one, and a job
+# goes on by itself after one of its processes was killed, and after its time was over. With `gptjax` on the
 # path:
 #
 #   tools/launch/slurm_here.sh tools/launch/try_slurm.sh
@@ -25,22 +25,25 @@ def config():
     return Config(model=model, data=data, batch_size=8, log_every=1, save_every=5)
 END
 submit() {
-  sbatch --nodes 1 --ntasks-per-node 2 --cpus-per-task 1 --gpus-per-node 0 "$@"
+  sbatch --nodes 1 --ntasks-per-node "${processes:-2}" --cpus-per-task 1 --gpus-per-node 0 "$@"
 }
 flag=--xla_force_host_platform_device_count
 
 # --- losses
 XLA_FLAGS=$flag=1 gptjax train run.py --run-dir one --steps 20 2> one.log
 export XLA_FLAGS=$flag=2 # of each process, from here on
-submit --wait "$slurm" run.py --run-dir two --steps 20
-python3 - << END
+for processes in 2 4; do
+  submit --wait "$slurm" run.py --run-dir "of-$processes" --steps 20
+  python3 - << END
 import json
-one, two = ([json.loads(line)["train/loss"] for line in open(f"{run}/metrics.jsonl")]
-            for run in ("one", "two"))
-worst = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
-print(f"losses of {len(one)} steps differ by {worst:.1e} at most")
+one, many = ([json.loads(line)["train/loss"] for line in open(f"{run}/metrics.jsonl")]
+             for run in ("one", "of-$processes"))
+worst = max(abs(a - b) / a for a, b in zip(one, many, strict=True))
+print(f"losses of {len(one)} steps of $processes processes differ by {worst:.1e} at most")
 assert worst < 5e-5
 END
+done
+processes=2
 
 # --- kill -9
 job=$(submit --parsable "$slurm" run.py --run-dir killed --steps 150)
