@@ -31,6 +31,7 @@ from gptjax.sharding import (
     constrain_fed,
     constrain_looked_up,
     constrain_stored,
+    constrain_terms,
     from_between,
     gather,
     parts,
@@ -880,6 +881,7 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
     pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
     zeros_RSDV = constrain(jnp.zeros((R, S, *unembedding_VD.shape[::-1]), jnp.float32), "BTDV")
     dunembedding_RSDV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_RSDV, pieces)
+    dunembedding_RSDV = constrain_terms(dunembedding_RSDV, "RSDV")
     dunembedding_VD = constrain_stored(dunembedding_RSDV.sum((0, 1)).T, "VD")
     return losses.sum(), (_join(dx, config), dunembedding_VD.astype(unembedding_VD.dtype))
 

@@ -33,6 +33,9 @@ FED = IN_USE | {"B": ("data", "fsdp")}
 # the table, and looks it up for the tokens of all of them. What travels is activations both ways,
 # not the table, and not the activations of the whole batch for its gradient, as XLA would do.
 LOOKED_UP = {"B": "data", "T": "context", "D": "fsdp"}
+# Of the gradient of the unembedding, with a term for each device's rows R and positions S, which the
+# devices of the fsdp axis send each other by width, and then add up.
+TERMS = {"R": ("data", "pipe"), "S": "context", "D": "fsdp", "V": "tensor"}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -111,6 +114,11 @@ def constrain_fed(x: jax.Array, letters: str, *, between: bool = False) -> jax.A
 def constrain_looked_up(x: jax.Array, letters: str) -> jax.Array:
     """Place a tensor as rows of a table are looked up, split by width as the table is stored."""
     return _place(x, letters, LOOKED_UP)
+
+
+def constrain_terms(x: jax.Array, letters: str) -> jax.Array:
+    """Place terms of a gradient where they are added up."""
+    return _place(x, letters, TERMS)
 
 
 def gather(x: jax.Array, letters: str) -> jax.Array:

@@ -125,7 +125,6 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
     layers = turns_of(config, axes) * len(model.windows)  # of those that a device runs in a part
     itemsize = 4 if model.compute_dtype == "float32" else 2
     known = leaves(model, config.tune)
-    rows = tuple(axis for axis in ("data", "fsdp", "context") if axes[axis] > 1)
     if axes["fsdp"] > 1:
         blocks = [leaf for leaf in known if leaf.path.startswith("blocks") and "D" in leaf.letters]
         whole = itemsize * sum(share(leaf.letters, sizes, axes, IN_USE) for leaf in blocks)
@@ -134,18 +133,20 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
         each, times = whole // L, layers * parts
         yield Exchange("all-gather", ("fsdp",), each, again * times, "weights of a layer")
         yield Exchange("reduce-scatter", ("fsdp",), each, times, "their gradients")
-        table = itemsize * share("VD", sizes, axes, IN_USE)
-        yield Exchange("all-gather", ("fsdp",), table, 2 * parts, "embedding and unembedding")
-    others = tuple(axis for axis in rows if axis != "fsdp")
+        table = share("VD", sizes, axes, IN_USE)
+        yield Exchange("all-gather", ("fsdp",), itemsize * table, parts, "unembedding")
+        yield Exchange("all-to-all", ("fsdp",), 4 * table, parts, "gradient of the unembedding")
+        stream = itemsize * share("BTD", sizes, axes, IN_USE)
+        yield Exchange("all-to-all", ("fsdp",), stream, 2 * parts, "embedded tokens, their gradient")
+    others = tuple(axis for axis in ("data", "context") if axes[axis] > 1)
     if others:
         kept = itemsize * sum(
             share(leaf.letters, sizes, axes, STORED) for leaf in known if leaf.count
         )
         yield Exchange("all-reduce", others, kept, parts, "gradients of all parameters")
-    if rows:
-        table = 4 * share("VD", sizes, axes, IN_USE)
-        yield Exchange("all-reduce", rows, table, parts, "gradient of the unembedding")
-        yield Exchange("all-reduce", rows, table, parts, "gradient of the embedding")
+        if model.tied_embedding:  # has two
+            table = 4 * share("VD", sizes, axes, STORED)
+            yield Exchange("all-reduce", others, table, parts, "gradient of the unembedding")
     # A pipeline's rows are split over its stages outside of it, and in it there are a few at once.
     in_layer = sizes | {"B": sizes["B"] // plan.microbatches * plan.stages}
     if axes["pipe"] > 1:

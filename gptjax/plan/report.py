@@ -204,7 +204,8 @@ def unexpected(one: Collective, found: Plan) -> str:
         and found.config.model.compute_dtype != "float32"
     ):
         return "parameters or activations are gathered in float32"
-    if one.kind == "all-to-all":
+    # Along fsdp go what is looked up in tables and the terms of the unembedding's gradient.
+    if one.kind == "all-to-all" and one.axis != "fsdp":
         return "a tensor changes the dimension that it is split on"
     return ""
 
