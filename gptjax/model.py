@@ -85,17 +85,10 @@ class Layer(nn.Module):
     def weight(self, name: str, letters: str, init: Callable = nn.initializers.zeros) -> jax.Array:
         """The parameter of these letters, in the compute dtype and laid out for use.
 
-        This and `rows` are the places that know how parameters are stored (float32, by the table
-        STORED) and how they are used.
+        But for tables of embeddings, the one place that knows how parameters are stored (float32,
+        by the table STORED) and how they are used.
         """
         return gather(self._stored(name, letters, init), letters)
-
-    def rows(
-        self, name: str, letters: str, index_BT: jax.Array, init: Callable = nn.initializers.zeros
-    ) -> jax.Array:
-        """Rows of a table, [B, T, D], laid out as they are looked up."""
-        table = constrain_stored(self._stored(name, letters, init), letters)
-        return constrain_looked_up(table[index_BT], "BTD")
 
     def _stored(self, name: str, letters: str, init: Callable) -> jax.Array:
         shape = tuple(self.config.sizes[letter] for letter in letters)
@@ -300,10 +293,11 @@ class Embedding(Layer):
         mistake: see `forward`.
         """
         init = nn.initializers.normal(self.config.initial_scale)
-        x_BTD = self.rows("tokens", "VD", tokens_BT, init)
-        if self.config.positions == "learned":
-            x_BTD += self.rows("positions", "PD", positions_BT, init)
+        table = constrain_stored(self._stored("tokens", "VD", init), "VD")
+        x_BTD = constrain_looked_up(table[tokens_BT], "BTD")
         x_BTD = constrain_fed(x_BTD, "BTD")
+        if self.config.positions == "learned":  # a small table, which is cheaper to have whole
+            x_BTD += constrain(self._stored("positions", "PD", init), "PD")[positions_BT]
         return before_blocks(drop(x_BTD, self.config.dropout, keys_B), self.config)
 
 

@@ -29,12 +29,12 @@ IN_USE = {
 BETWEEN = IN_USE | {"T": ("context", "tensor")}
 # Of a batch as a step is given it: every stage of the pipeline needs all rows.
 FED = IN_USE | {"B": ("data", "fsdp")}
-# Of rows of a table, as they are looked up: each device of the fsdp axis has a slice of the width of
-# the table, and looks it up for the tokens of all of them. What travels is activations both ways,
-# not the table, and not the activations of the whole batch for its gradient, as XLA would do.
+# Of rows of a table, as they are looked up: each device of the fsdp axis has a slice of the table's
+# width, and looks it up for the tokens of all of them. What travels is activations both ways, not
+# the table, and not the activations of the whole batch for its gradient, as XLA would do.
 LOOKED_UP = {"B": "data", "T": "context", "D": "fsdp"}
-# Of the gradient of the unembedding, with a term for each device's rows R and positions S, which the
-# devices of the fsdp axis send each other by width, and then add up.
+# Of the gradient of the unembedding, with a term for each device's rows R and positions S, which
+# the devices of the fsdp axis send each other by width, and then add up.
 TERMS = {"R": ("data", "pipe"), "S": "context", "D": "fsdp", "V": "tensor"}
 
 

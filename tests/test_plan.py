@@ -18,6 +18,7 @@ from gptjax.config import (
     Config,
     ConfigError,
     DataConfig,
+    GPTConfig,
     MeshConfig,
     TuneConfig,
     load_experiment,
@@ -42,7 +43,14 @@ from gptjax.plan.search import (
     search,
     within,
 )
-from gptjax.plan.topologies import CHIPS, missing, names, parse_topology
+from gptjax.plan.topologies import (
+    CHIPS,
+    compiler_options,
+    find_devices,
+    missing,
+    names,
+    parse_topology,
+)
 from gptjax.sharding import make_mesh
 from gptjax.step import abstract_state, trace_train_step
 
@@ -463,6 +471,59 @@ def test_compiled_for_hardware_that_is_not_here(name):
     ]  # fmt: skip
     expected = [one for one in gathered if not unexpected(one, found)]
     assert {one.dtype for one in expected} == {"bf16"} and len(expected) > len(gathered) / 2
+
+
+@pytest.fixture(scope="module")
+def tpu_program():
+    """A function that compiles the step of a small model for eight TPUs."""
+    topology = parse_topology("v5e:8")
+    if why := missing(topology):
+        pytest.skip(why)
+
+    def of(mesh, context_size):
+        # Heads of less than 128 are padded, and then added up whole.
+        model = GPTConfig(
+            vocab_size=8192, num_layers=3, width=1024, num_heads=8, context_size=context_size
+        )
+        config = Config(data=TEXT, model=model, batch_size=16, mesh=mesh)
+        traced = trace_train_step(config, make_mesh(mesh, find_devices(topology)))
+        compiled = traced.lower().compile(compiler_options=compiler_options(topology))
+        return config.model, Program(compiled.as_text())
+
+    return of
+
+
+@pytest.mark.slow
+def test_tpus_scatter_the_gradients_of_layers(tpu_program):
+    mesh = MeshConfig(data=2, fsdp=4)
+    model, program = tpu_program(mesh, 1024)
+    known = program.collectives(mesh_axes(mesh, 8))
+    large = [one for one in known if one.count >= model.num_layers and one.num_bytes > 2**20]
+    assert {(one.kind, one.axis) for one in large} == {
+        ("all-gather", "fsdp"),
+        ("reduce-scatter", "fsdp"),
+        ("all-reduce", "data"),
+    }
+    assert {one.dtype for one in large if one.kind == "all-gather"} == {"bf16"}
+
+
+@pytest.mark.slow
+def test_tpus_compute_while_a_ring_sends(tpu_program):
+    model, program = tpu_program(MeshConfig(fsdp=2, context=4), 4096)
+    passed = 0
+    for name, instructions in program.computations.items():
+        if program.times[name] < model.num_layers:
+            continue
+        begun = {}
+        for place, one in enumerate(instructions):
+            if one.opcode == "collective-permute-start":
+                begun[one.name] = place
+            elif one.opcode == "collective-permute-done":
+                between = instructions[begun[one.operands[0]] + 1 : place]
+                assert any(other.opcode in ("fusion", "custom-call") for other in between)
+                passed += 1
+            assert one.opcode != "collective-permute"  # which would be waited for
+    assert passed >= 4  # keys and values, and their gradients
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental import mesh_utils
 from launch import finish, start_program
+from small import MODERN, PLAIN
 
-from gptjax.config import ConfigError, MeshConfig
+from gptjax.config import Config, ConfigError, DataConfig, MeshConfig
 from gptjax.sharding import AXES, local_rows, make_mesh
+from gptjax.step import trace_train_step
 
 
 @dataclass(frozen=True)
@@ -136,3 +138,32 @@ np.testing.assert_array_equal(whole.addressable_data(0), np.arange(24).reshape(8
 def test_rows_of_processes_that_are_wired_in_turns(tmp_path):
     for process in start_program(tmp_path, IN_TURNS, 2, devices=2):
         finish(process)
+
+
+# --- what moves ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiling():
+    """Programs are compiled, not found where one like them was kept: only then XLA says how."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model"),
+    [
+        (MeshConfig(data=2, fsdp=4), PLAIN),
+        (MeshConfig(data=2, fsdp=2, tensor=2), PLAIN),
+        (MeshConfig(fsdp=4, tensor=2), replace(MODERN, split_residual=True)),
+        (MeshConfig(fsdp=2, tensor=2, context=2), MODERN),
+        (MeshConfig(data=2, fsdp=2, pipe=2, microbatches=2), PLAIN),
+    ],
+    ids=["data-fsdp", "tensor", "split", "context", "pipe"],
+)
+def test_nothing_is_whole_on_each_device_only_to_be_split_again(mesh, model, compiling, capfd):
+    """XLA says so where it finds no other way from one layout to the next."""
+    config = Config(data=DataConfig(path=("any text",)), model=model, batch_size=8, mesh=mesh)
+    trace_train_step(config, make_mesh(mesh)).lower().compile()
+    assert "rematerialization" not in capfd.readouterr().err

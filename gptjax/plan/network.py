@@ -137,7 +137,11 @@ def exchanges(config: Config, axes: Mapping[str, int]) -> Iterator[Exchange]:
         yield Exchange("all-gather", ("fsdp",), itemsize * table, parts, "unembedding")
         yield Exchange("all-to-all", ("fsdp",), 4 * table, parts, "gradient of the unembedding")
         stream = itemsize * share("BTD", sizes, axes, IN_USE)
-        yield Exchange("all-to-all", ("fsdp",), stream, 2 * parts, "embedded tokens, their gradient")
+        yield Exchange("all-to-all", ("fsdp",), stream, 2 * parts, "embedded tokens, and back")
+        if model.positions == "learned":
+            table = itemsize * share("PD", sizes, axes, IN_USE)
+            yield Exchange("all-gather", ("fsdp",), table, parts, "learned positions")
+            yield Exchange("all-reduce", ("fsdp",), table, parts, "their gradient")
     others = tuple(axis for axis in ("data", "context") if axes[axis] > 1)
     if others:
         kept = itemsize * sum(
