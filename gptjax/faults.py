@@ -91,8 +91,10 @@ def at(point: str) -> bool:
 
 
 def _happen(fault: _Fault, point: str) -> None:
-    # Whoever armed it may wait for this.
-    print(f"gptjax: fault on purpose: {fault.action} at {point}", file=sys.stderr, flush=True)
+    # Whoever armed it may wait for this. Not print, which writes the end of the line by itself:
+    # another thread may come between.
+    sys.stderr.write(f"gptjax: fault on purpose: {fault.action} at {point}\n")
+    sys.stderr.flush()
     match fault.action:
         case "kill9":
             os.kill(os.getpid(), signal.SIGKILL)

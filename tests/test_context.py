@@ -133,7 +133,7 @@ def steps_of(model, mesh, num_devices):
     config = Config(
         model=model,
         mesh=mesh,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         batch_size=8,
         steps=20,
     )

@@ -42,7 +42,7 @@ def mesh_of(config):
 
 
 def run_of(model, **fields):
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
     return Config(model=model, optimizer=optimizer, batch_size=8, steps=20, **fields)
 
 
