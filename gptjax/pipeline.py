@@ -154,9 +154,12 @@ def pipeline_blocks(
         if split == 1:
             first = jax.lax.axis_index("pipe") == 0
             return jax.lax.psum(jnp.where(first, parts, 0).astype(jnp.float32), "pipe")
-        # Each stage sends each of the others a part, but only those of the first one are of use.
-        # A sum over stages would do as well, if XLA's CPU compiler could add bfloat16 here.
-        return jax.lax.all_to_all(parts, "pipe", 1, 1)[:, :1]
+        # The first stage sends each of the others a part. Not by an all-to-all, of which XLA makes
+        # one of the rows of all devices, nor by a sum, which its CPU compiler lacks for bfloat16.
+        mine = jnp.where(jax.lax.axis_index("pipe") == 0, parts[:, 0], 0)
+        for other in range(1, stages):
+            mine += jax.lax.ppermute(parts[:, other], "pipe", [(0, other)])  # elsewhere it is 0
+        return mine[:, None]
 
     by_stage, whole = PartitionSpec("pipe"), PartitionSpec()
     # As one copy for each stage: their gradients are then added outside, in bfloat16 too.

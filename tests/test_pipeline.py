@@ -19,9 +19,11 @@ from gptjax.evaluate import jit_eval_step
 from gptjax.labelled import jit_label_step
 from gptjax.model import abstract_params
 from gptjax.pipeline import Schedule, _to_groups, describe_pipeline
+from gptjax.plan.hlo import Program
+from gptjax.plan.network import mesh_axes
 from gptjax.sampling import Sampling
 from gptjax.sharding import make_mesh, to_devices
-from gptjax.step import abstract_state, loss_and_grads
+from gptjax.step import abstract_state, loss_and_grads, trace_train_step
 
 PLAIN, MODERN = replace(PLAIN, num_layers=8), replace(MODERN, num_layers=8)
 DROPPING = replace(PLAIN, dropout=0.3)
@@ -160,6 +162,15 @@ def test_twenty_steps_of_a_pipeline_are_those_of_one_device(model, change, mesh)
     losses = [[step["train/loss"] for step in steps] for steps in (many, one)]
     np.testing.assert_allclose(*losses, rtol=0, atol=5e-5)
     assert [step["data/batch_hash"] for step in many] == [step["data/batch_hash"] for step in one]
+
+
+def test_stages_send_rows_to_each_other_and_the_devices_of_a_stage_do_not():
+    fields = {"data": 2, "fsdp": 2, "pipe": 2, "microbatches": 2}
+    config = replace(run_of(PLAIN, mesh=MeshConfig(**fields)), batch_size=16)
+    compiled = trace_train_step(config, mesh_of(config.mesh)).lower().compile()
+    sent = Program(compiled.as_text()).collectives(mesh_axes(config.mesh, 8))
+    kinds = {one.kind for one in sent if one.line.startswith("pipeline.py")}
+    assert kinds == {"collective-permute", "all-reduce"}  # of the gradient of what all are given
 
 
 def gradients(config):
