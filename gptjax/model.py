@@ -85,8 +85,8 @@ class Layer(nn.Module):
     def weight(self, name: str, letters: str, init: Callable = nn.initializers.zeros) -> jax.Array:
         """The parameter of these letters, in the compute dtype and laid out for use.
 
-        But for tables of embeddings, the one place that knows how parameters are stored (float32,
-        by the table STORED) and how they are used.
+        But for tables that are looked up, as `Embedding` does, the one place that knows how
+        parameters are stored (float32, by the table STORED) and how they are used.
         """
         return gather(self._stored(name, letters, init), letters)
 
@@ -296,7 +296,8 @@ class Embedding(Layer):
         table = constrain_stored(self._stored("tokens", "VD", init), "VD")
         x_BTD = constrain_looked_up(table[tokens_BT], "BTD")
         x_BTD = constrain_fed(x_BTD, "BTD")
-        if self.config.positions == "learned":  # a small table, which is cheaper to have whole
+        if self.config.positions == "learned":
+            # A small table: it is cheaper to have it whole, and to add up its gradient whole.
             x_BTD += constrain(self._stored("positions", "PD", init), "PD")[positions_BT]
         return before_blocks(drop(x_BTD, self.config.dropout, keys_B), self.config)
 
@@ -875,7 +876,7 @@ def _unembed_loss_forward(x_BTD, unembedding_VD, targets_BT, weights_BT, config:
     pieces = _pieces(x_BTD, targets_BT, weights_BT, config=config)
     zeros_RSDV = constrain(jnp.zeros((R, S, *unembedding_VD.shape[::-1]), jnp.float32), "BTDV")
     dunembedding_RSDV, (dx, losses) = jax.lax.scan(piece_gradients, zeros_RSDV, pieces)
-    dunembedding_RSDV = constrain_terms(dunembedding_RSDV, "RSDV")
+    dunembedding_RSDV = constrain_terms(dunembedding_RSDV, "BTDV")
     dunembedding_VD = constrain_stored(dunembedding_RSDV.sum((0, 1)).T, "VD")
     return losses.sum(), (_join(dx, config), dunembedding_VD.astype(unembedding_VD.dtype))
 

@@ -33,9 +33,9 @@ FED = IN_USE | {"B": ("data", "fsdp")}
 # width, and looks it up for the tokens of all of them. What travels is activations both ways, not
 # the table, and not the activations of the whole batch for its gradient, as XLA would do.
 LOOKED_UP = {"B": "data", "T": "context", "D": "fsdp"}
-# Of the gradient of the unembedding, with a term for each device's rows R and positions S, which
-# the devices of the fsdp axis send each other by width, and then add up.
-TERMS = {"R": ("data", "pipe"), "S": "context", "D": "fsdp", "V": "tensor"}
+# Of the gradient of the unembedding, with a term for each device's rows and positions, which the
+# devices of the fsdp axis send each other by width, and then add up.
+TERMS = LOOKED_UP | {"B": ("data", "pipe"), "V": "tensor"}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import mesh_utils
+from jax.sharding import PartitionSpec
 from launch import finish, start_program
 from small import MODERN, PLAIN
 
 from gptjax.config import Config, ConfigError, DataConfig, MeshConfig
+from gptjax.plan.hlo import Program
+from gptjax.plan.network import mesh_axes
 from gptjax.sharding import AXES, local_rows, make_mesh
 from gptjax.step import trace_train_step
 
@@ -146,9 +149,22 @@ def test_rows_of_processes_that_are_wired_in_turns(tmp_path):
 @pytest.fixture
 def compiling():
     """Programs are compiled, not found where one like them was kept: only then XLA says how."""
+    before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+def test_xla_says_what_is_whole_only_to_be_split_again(compiling, capfd):
+    """What the next test looks for is there to be found."""
+
+    def move(x):
+        x = jax.lax.with_sharding_constraint(2 * x, PartitionSpec(("data", "fsdp")))
+        return 2 * jax.lax.with_sharding_constraint(x, PartitionSpec(None, None, "fsdp"))
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
+        jax.jit(move).lower(jax.ShapeDtypeStruct((8, 8, 8), np.float32)).compile()
+    assert "rematerialization" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,3 +183,16 @@ def test_nothing_is_whole_on_each_device_only_to_be_split_again(mesh, model, com
     config = Config(data=DataConfig(path=("any text",)), model=model, batch_size=8, mesh=mesh)
     trace_train_step(config, make_mesh(mesh)).lower().compile()
     assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_tables_of_tokens_are_added_up_in_slices():
+    """Over the fsdp axis there is no sum of the whole gradient of the embedding or unembedding."""
+    mesh = MeshConfig(data=2, fsdp=4)
+    config = Config(data=DataConfig(path=("any text",)), model=PLAIN, batch_size=8, mesh=mesh)
+    compiled = trace_train_step(config, make_mesh(mesh)).lower().compile()
+    sent = Program(compiled.as_text()).collectives(mesh_axes(mesh, 8))
+    sums = [one for one in sent if one.kind == "all-reduce"]
+    table = 4 * PLAIN.sizes["V"] * PLAIN.width  # bytes
+    assert any(one.axis == "data" and one.num_bytes >= table / 4 for one in sums)
+    outside = [one for one in sums if "fsdp" in one.axis and "TransformerBlock" not in one.op]
+    assert all(one.num_bytes < table for one in outside)

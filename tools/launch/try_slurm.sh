@@ -1,7 +1,7 @@
 #!/bin/bash
-# Whether slurm.sh does what it says: the losses of two and four processes are those of one, and a job
-# goes on by itself after one of its processes was killed, and after its time was over. With `gptjax` on the
-# path:
+# Whether slurm.sh does what it says: the losses of two and four processes are those of one, and a
+# job goes on by itself after one of its processes was killed, and after its time was over. With
+# `gptjax` on the path:
 #
 #   tools/launch/slurm_here.sh tools/launch/try_slurm.sh
 #
