@@ -45,6 +45,7 @@ CHOICES = {
     "loss_piece",
     "head",
     "num_labels",
+    "pool",
     "bidirectional",
 }
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "*.model")

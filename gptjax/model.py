@@ -604,7 +604,7 @@ def forward(
     if only is not None:
         x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, only, 1, axis=1)
     if config.head != "lm":
-        return LabelHead(config).apply({"params": params["head"]}, x_BTD), cache
+        return _label_logits(params, x_BTD, positions_BT, config), cache
     logits_BTV = _logits(x_BTD, unembedding_VD, config)
     return logits_BTV[..., : config.vocab_size], cache
 
@@ -628,7 +628,7 @@ def token_losses(
         params, batch.tokens_BT, config, batch.positions_BT, batch.segments_BT, None, key, run
     )
     if config.head != "lm":
-        logits_BTC = LabelHead(config).apply({"params": params["head"]}, x_BTD)
+        logits_BTC = _label_logits(params, x_BTD, batch.positions_BT, config)
         return label_losses(logits_BTC, batch, config)
     pieces = _pieces(x_BTD, batch.targets_BT, config=config)
 
@@ -666,7 +666,7 @@ def weighted_loss(
         params, batch.tokens_BT, config, batch.positions_BT, batch.segments_BT, None, key, run
     )
     if config.head != "lm":
-        logits_BTC = LabelHead(config).apply({"params": params["head"]}, x_BTD)
+        logits_BTC = _label_logits(params, x_BTD, batch.positions_BT, config)
         losses_BT = label_losses(logits_BTC, batch, config, smoothing)
         loss = (batch.weights_BT * losses_BT).sum()
         if lm_weights_BT is None:
@@ -755,6 +755,27 @@ def init_cache(config: GPTConfig, batch_size: int, num_slots: int) -> KVCache:
 
 
 # --- the loss ------------------------------------------------------------------------------------
+
+
+def _label_logits(
+    params: Params, x_BTD: jax.Array, positions_BT: jax.Array | None, config: GPTConfig
+) -> jax.Array:
+    """What a head of labels says of the normalised stream, [B, T, C], float32."""
+    logits_BTC = LabelHead(config).apply({"params": params["head"]}, x_BTD)
+    if config.pool == "last":
+        return logits_BTC
+    B, T, _ = logits_BTC.shape
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+
+    def join(before, after):
+        sums = jnp.where(after[1], after[0], before[0] + after[0])
+        return sums, before[1] | after[1]
+
+    # Not a difference of running sums, which would round by all that stands before in the row.
+    first_BT1 = (positions_BT == 0)[..., None]
+    sums_BTC, _ = jax.lax.associative_scan(join, (logits_BTC, first_BT1), axis=1)
+    return sums_BTC / (positions_BT[..., None] + 1)
 
 
 def label_losses(

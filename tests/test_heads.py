@@ -18,6 +18,7 @@ from gptjax.step import following_weights
 
 HEADS = {
     "label": replace(PLAIN, head="label", num_labels=61),  # as many as random_batch has targets
+    "mean": replace(MODERN, head="label", num_labels=61, pool="mean"),
     "labels": replace(MODERN, head="labels", num_labels=40),
     "span": replace(PLAIN, head="span", bidirectional=True, attention="blockwise"),
 }
@@ -102,6 +103,24 @@ def test_a_loss_of_spans_is_the_mean_of_both_ends_over_the_segment():
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_pooled_logits_are_the_mean_over_the_segment_until_there():
+    model = HEADS["mean"]
+    params = fresh(model, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 61)
+    places = {
+        "segments_BT": np.array([[1] * 4 + [2] * 5, [1] * 9], np.int32),
+        "positions_BT": np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4], range(9)], np.int32),
+    }
+    each = logits_of(params, tokens, config=replace(model, pool="last"), **places)
+    found = logits_of(params, tokens, config=model, **places)
+    for row, start, stop in [(0, 0, 4), (0, 4, 9), (1, 0, 9)]:
+        counts = np.arange(1, stop - start + 1)[:, None]
+        expected = np.cumsum(each[row, start:stop], axis=0) / counts
+        np.testing.assert_allclose(found[row, start:stop], expected, rtol=1e-5, atol=1e-6)
+    alone = logits_of(params, tokens[1:], config=model)
+    np.testing.assert_allclose(alone[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 def test_a_bidirectional_model_sees_what_comes_after_within_its_segment():
     for attention in ("xla", "blockwise"):
         model = replace(HEADS["span"], attention=attention, window=3)
@@ -167,6 +186,10 @@ def test_heads_that_make_no_sense_are_refused():
     assert "model.num_labels is None" in told(head="label")
     assert "model.num_labels = 3" in told(num_labels=3)
     assert "model.bidirectional" in told(bidirectional=True)
+    assert "model.pool = 'mean'" in told(pool="mean")
+    entities = TaskConfig(kind="entities", train=("x",))
+    assert "model.pool = 'mean'" in told(pool="mean", task=entities)
+    assert "model.pool" not in told(pool="mean", task=replace(entities, kind="classify"))
     assert "task.label_smoothing" in told(task=TaskConfig(label_smoothing=0.1))
     weighted = TaskConfig(kind="classify", train=("x",), lm_weight=1.0)
     assert "task.lm_weight" in told(bidirectional=True, task=weighted)

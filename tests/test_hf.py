@@ -379,6 +379,8 @@ def test_heads_that_no_architecture_holds(tmp_path):
     assert words in refused("entities", **both)
     words = "GPT2ForQuestionAnswering: model.positions = 'rope'"
     assert words in refused(head="span", positions="rope")
+    words = "GPT2ForSequenceClassification: model.pool = 'mean'"
+    assert words in refused("classify", head="label", num_labels=3, pool="mean")
     assert "as model.width = 32" in refused(head="label", num_labels=40)
     assert not [*tmp_path.iterdir()]
 

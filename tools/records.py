@@ -5,9 +5,10 @@
 
 Looks in the folders for the sets that SETS names, or a file of --sets, and learns each in several
 ways with several seeds: from random parameters, from the pretrained ones, and by adapters of low
-rank (LoRA); entities also with attention to what came before alone, and with the sentence shown
-twice. All have the model and the tokenizer of the run. Beside them stands what `tools/baselines.py`
-makes of the set without a language model.
+rank (LoRA). Classes are read off the mean of a text's tokens, and also off its last one; entities
+also have attention to what came before alone, and the sentence shown twice. All have the model and
+the tokenizer of the run. Beside them stands what `tools/baselines.py` makes of the set without a
+language model.
 
 Each result is a line of --out as soon as it is there, and what has a line is not done again. At the
 end comes a table: the median over the seeds, and the least and the most.
@@ -48,6 +49,7 @@ SETS: dict[str, dict[str, Any]] = {
         "kind": "classify",
         "train": ["movie-sentiment/train.tsv"],
         "valid": ["movie-sentiment/dev.tsv"],
+        "epochs": 3.0,
     },
     "clinc150": {
         "kind": "classify",
@@ -144,9 +146,10 @@ class Options:
     work: str = "records"  # where the runs are; each goes when it is measured, unless --keep
     sets: str | None = None  # JSON of more sets, or others of the same name: as SETS, by name
     only: tuple[str, ...] = ()  # names of sets; (): all that are found
-    ways: tuple[str, ...] = ()  # scratch, pretrained, lora, causal, repeated; (): all that suit
+    # scratch, pretrained, lora, last, causal, repeated; (): all that suit
+    ways: tuple[str, ...] = ()
     seeds: int = 3
-    batch_size: int = 16
+    batch_size: int = 4  # rows of the run's context, with several examples in each
     lora_rank: int = 8
     texts: int = 300  # validation texts that are translated
     quick: bool = False  # 20 steps, one seed, few texts: to see that it works
@@ -215,8 +218,8 @@ def task_of(fields: dict[str, Any], folder: Path) -> TaskConfig:
 
 
 def ways_of(task: TaskConfig) -> list[str]:
-    more = ["causal", "repeated"] if task.kind == "entities" else []
-    return ["scratch", "pretrained", "lora", *more]
+    more = {"classify": ["last"], "entities": ["causal", "repeated"]}
+    return ["scratch", "pretrained", "lora", *more.get(task.kind, [])]
 
 
 def key_of(options: Options, name: str, way: str, seed: int) -> dict[str, Any]:
@@ -307,7 +310,8 @@ def config_of(options: Options, task: TaskConfig, way: str, seed: int) -> Config
         config = replace(config, tune=replace(config.tune, lora_targets=targets))
     config = take_over(config, Path(options.run))
     both = task.kind == "entities" and way in ("scratch", "pretrained", "lora")
-    model = replace(config.model, dropout=0.1, bidirectional=both)
+    mean = task.kind == "classify" and way != "last"
+    model = replace(config.model, dropout=0.1, bidirectional=both, pool="mean" if mean else "last")
     config = replace(config, model=model)
     if way == "scratch":
         config = replace(config, init_from=None)
@@ -357,7 +361,7 @@ def learn(options: Options, name: str, task: TaskConfig, way: str, seed: int) ->
 def table(options: Options, tasks: dict[str, TaskConfig]) -> str:
     """What there is of these sets: a row for each, the median over the seeds, least and most."""
     lines, ways = lines_of(options), ["baseline", "scratch", "pretrained", "lora"]
-    ways += ["causal", "repeated"]
+    ways += ["last", "causal", "repeated"]
     rows = [["set", "figure", *ways]]
     for name, task in tasks.items():
         row = [name, figure_of(task)]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gptjax.plan.topologies import Topology
 
 
+WRITTEN = "By gptjax plan"  # is in each file of a layout
+
+
 @dataclass(frozen=True)
 class Plan:
     """Estimate memory, speed and cost of FILE.py on hardware that need not be there."""
@@ -45,7 +48,7 @@ class Plan:
 
 def plan(experiment: str, given: Plan) -> None:
     """Print the plan; nothing of this machine but its processor is used."""
-    refuse([*_problems(given)])
+    refuse([*_problems(given), *_file_problems(given)])
     _alone()
     from gptjax.plan import plan as make_plan
     from gptjax.plan.explain import explain
@@ -86,6 +89,26 @@ def _problems(given: Plan) -> Iterator[str]:
             f"task.kind = {given.config.task.kind!r}: its labels are not known before its data is "
             "read: plan the same model with --task.kind None"
         )
+
+
+def _file_problems(given: Plan) -> Iterator[str]:
+    """What a plan of minutes would end with: files that cannot be written, or should not be."""
+    files = {"json": given.json, "html": given.html, "save": given.save}
+    if given.search:
+        files["out"] = given.out
+    for option, name in files.items():
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            yield f"--{option} {name} is a folder: give a file"
+        elif not path.parent.is_dir():
+            yield f"--{option} {name}: there is no folder {path.parent}: make it, or give another"
+        elif option == "out" and path.exists() and WRITTEN not in path.read_text(errors="replace"):
+            yield (
+                f"--out {name} is there, and no earlier search wrote it: give another file, or "
+                "move that one away"
+            )
 
 
 def _save_problems(given: Plan, topology: "Topology") -> Iterator[str]:
@@ -187,7 +210,7 @@ def _search(experiment: str, config: Config, topology: "Topology", given: Plan) 
         )
     before = load_experiment(experiment)
     about = (
-        f"By gptjax plan {experiment} --topology {given.topology} --search, "
+        f"{WRITTEN} {experiment} --topology {given.topology} --search, "
         f"{time.strftime('%Y-%m-%d')}: {result.best.needed / 2**30:.2f} GiB a device, "
         f"{result.best.time.least:.3g} to\n{result.best.time.most:.3g} seconds a step, estimated."
     )

@@ -129,6 +129,12 @@ def _head(config: Config, _: int | None) -> Iterator[str]:
             f"model.num_labels = {model.num_labels}, but model.head = {model.head!r}: give "
             "model.head label or labels, or model.num_labels None"
         )
+    classes = task.kind == "classify" if task.kind else labelled
+    if model.pool == "mean" and not classes:
+        yield (
+            "model.pool = 'mean' is of the classes of a text: give model.pool last, or "
+            "task.kind classify"
+        )
     says_tokens = task.kind in ("pairs", "dialogue", "choices") or (
         model.head == "lm" and task.kind is None
     )

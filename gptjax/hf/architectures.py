@@ -209,7 +209,7 @@ def _write_labels(config: GPTConfig) -> dict[str, Any]:
 
 def _label_obstacles(config: GPTConfig) -> Iterator[str]:
     yield from _gpt2_obstacles(config)
-    yield from _differs(config, bidirectional=(False,))
+    yield from _differs(config, bidirectional=(False,), pool=("last",))
 
 
 # It reads the class at the last token that is no padding; its head has no bias, so ours is held by

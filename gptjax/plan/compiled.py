@@ -18,6 +18,7 @@ class Compiled(NamedTuple):
 
     peak: int  # bytes that are in use at once, at most
     arguments: int  # bytes of the state and the batch
+    padding: int  # bytes more that they take, as TPUs lay them out in tiles
     flops: int | None  # of all devices, counted in what JAX traced
     moved: int | None  # bytes read from memory and written to it; None: it did not fit
     collectives: Sequence[Collective]
@@ -41,15 +42,17 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         used = _used(str(error))
         if used is None:
             raise
-        return Compiled(used, 0, flops, None, (), time.monotonic() - began)
+        return Compiled(used, 0, 0, flops, None, (), time.monotonic() - began)
     stats = compiled.memory_analysis()
     program = Program(compiled.as_text())
+    arguments = program.argument_bytes()
     aside = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     aside += stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Compiled(
         # The compiler of CPUs leaves out of the peak what it sets aside for the whole step.
         peak=aside if topology.chip.platform == "cpu" else stats.peak_memory_in_bytes,
-        arguments=stats.argument_size_in_bytes,
+        arguments=arguments,
+        padding=stats.argument_size_in_bytes - arguments,
         flops=flops,
         moved=program.bytes_moved(),
         collectives=program.collectives({axis: mesh.shape[axis] for axis in AXES}),

@@ -176,6 +176,11 @@ class Program:
 
     # --- bytes -----------------------------------------------------------------------------------
 
+    def argument_bytes(self) -> int:
+        """Bytes of what the program is given, without what fills up the tiles of a layout."""
+        given = [one for one in self.computations[self.entry] if one.opcode == "parameter"]
+        return sum(_size(one.shape) for one in given)
+
     def bytes_moved(self) -> int:
         """Bytes that are read from memory and written to it in a step, where each kernel reads its
         arguments once and writes its results once.

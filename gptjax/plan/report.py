@@ -47,6 +47,7 @@ def as_json(found: Plan) -> dict[str, Any]:
             "sum": found.memory.total,
             "compiler_peak": compiled and compiled.peak,
             "compiler_arguments": compiled and compiled.arguments,
+            "compiler_padding": compiled and compiled.padding,
             "device": None if math.isinf(limit) else limit,
             "fits": found.margin >= 0,
         },
