@@ -12,8 +12,9 @@ translations and poems: texts of labelled sets, without their labels. They are o
 splits, but for wikitext-2, CMRC 2018 and KdConv, of which other splits are read: those are not for
 evaluating this model.
 
-6.1 million tokens take about an hour: 1,650 a second on 2 cores of an AMD EPYC (2026-11-28). What a
-whole run comes to is not recorded yet.
+6.1 million tokens took 34 minutes, 3,069 a second, on 2 cores of an AMD EPYC (2026-11-29, commit
+2ca8341). Validation loss 4.5023 nats per token, 1.9553 bits per byte: novels 1.7437, english 1.8228,
+german 2.0376, chinese 2.5288. What it is worth to labelled sets is in finetune.py.
 """
 
 import csv

@@ -523,6 +523,21 @@ def test_tpus_scatter_the_gradients_of_layers(tpu_program):
 
 
 @pytest.mark.slow
+def test_tpus_scatter_the_gradients_of_layers_on_a_mesh_of_one_axis(tpu_program):
+    """There the product that makes a gradient and its sum over devices are done in turns, with
+    permutations in between; no device has the whole sum.
+    """
+    mesh = MeshConfig(fsdp=8)
+    model, program = tpu_program(mesh, 1024)
+    known = program.collectives(mesh_axes(mesh, 8))
+    of_layers = [one for one in known if one.count >= model.num_layers and one.num_bytes >= 2**18]
+    assert {one.kind for one in of_layers} == {"all-gather", "collective-permute"}
+    sent = [one for one in of_layers if one.kind == "collective-permute"]
+    backward = [one for one in sent if one.op.endswith("dot_general")]
+    assert len(backward) > 6 and {one.dtype for one in of_layers} == {"bf16"}
+
+
+@pytest.mark.slow
 def test_tpus_compute_while_a_ring_sends(tpu_program):
     model, program = tpu_program(MeshConfig(fsdp=2, context=4), 4096)
     passed = 0

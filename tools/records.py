@@ -132,7 +132,7 @@ SETS |= {
 EPOCHS = {"classify": 5.0, "entities": 5.0, "questions": 2.0, "pairs": 3.0}
 # Learning rates: of all parameters, and of adapters.
 RATES = {"scratch": 1e-3, "lora": 2e-3}
-USUAL_RATE = 3e-4
+USUAL_RATE = 6e-4
 EVALUATIONS = 10  # of a run, of which the best step is kept
 
 
