@@ -35,7 +35,7 @@ def test_sets_are_found_and_what_has_a_line_is_not_done_again(records, options):
     assert {*tasks} == {"wnut17", "mine"}
     assert isinstance(tasks["mine"], TaskConfig) and tasks["mine"].epochs == 1
     todo = [(name, way, seed) for name, _, way, seed in records.todo(options, tasks)]
-    ways = ["scratch", "pretrained", "lora"]
+    ways = ["scratch", "pretrained", "lora", "last"]
     expected = [(way, seed) for way in ways for seed in (0, 1)]
     assert [one[1:] for one in todo if one[0] == "mine"] == [("baseline", 0), *expected]
     assert ("wnut17", "repeated", 1) in todo
