@@ -458,6 +458,7 @@ def test_an_option_without_its_section_gets_the_whole_name():
         (["--model.attention", "cudn"], "Did you mean 'cudnn'?"),
         (["--model.compute-dtype", "bfloat61"], "Did you mean 'bfloat16'?"),
         (["--tensorboard", "yes"], "'yes': one argument too many"),
+        (["--steps", "True"], "steps = 'True'"),
         (["text.txt"], "'text.txt': one argument too many"),
         (["--num-processes", "2"], "give all three of them, or none"),
         (["--num-processes", "two"], "num_processes = 'two'"),
@@ -466,6 +467,22 @@ def test_an_option_without_its_section_gets_the_whole_name():
 def test_values_on_the_command_line_that_are_refused(arguments, words):
     (problem,) = refused(arguments)
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--model.bias False --tensorboard False --data.tfds-prepare True --steps 7",
+        "--model.bias=False --no-tensorboard --data.tfds_prepare=True --steps=7",
+        "--model.no-bias --tensorboard=False --data.tfds-prepare --steps 7",
+    ],
+)
+def test_switches_may_be_given_as_values(arguments):
+    given, problems = cli.parse(cli.Train(config=RUNS), "gptjax train", arguments.split())
+    assert problems == []
+    config = given.config
+    assert (config.model.bias, config.tensorboard, config.steps) == (False, False, 7)
+    assert config.data.tfds_prepare is True
 
 
 def test_where_the_other_processes_are():

@@ -20,15 +20,15 @@ def parse(default: T, prog: str, arguments: Sequence[str]) -> tuple[T, list[str]
     Raises:
       SystemExit: with code 0, after `--help`.
     """
+    known = list(_options(type(default)))
     given, unknown = tyro.cli(
         type(default),
         prog=prog,
         default=default,
-        args=arguments,
+        args=_as_flags(arguments, known),
         registry=_lenient(),
         return_unknown_args=True,
     )
-    known = list(_options(type(default)))
     unknown = [token for token in unknown if token.startswith("-")] or unknown
     problems = [_unknown(token, known) for token in unknown]
     if not hasattr(given, "config"):
@@ -113,6 +113,26 @@ def _options(dataclass_type: type, prefix: str = "") -> Iterator[str]:
             yield f"--{prefix}{name}"
             if base is bool:
                 yield f"--{prefix}no-{name}"
+
+
+def _as_flags(arguments: Sequence[str], options: list[str]) -> list[str]:
+    """Arguments with switches as tyro takes them: `--x True` and `--x=True` as `--x`, and what is
+    False as `--no-x`.
+    """
+    found: list[str] = []
+    for token in arguments:
+        option, _, value = token.partition("=")
+        if not value and found:
+            option, value = found[-1], token
+        section, dot, name = option.replace("_", "-").removeprefix("--").rpartition(".")
+        off = f"--{section}{dot}no-{name}"
+        if value not in ("True", "False") or off not in options:
+            found.append(token)
+            continue
+        if token == value:
+            found.pop()
+        found.append(option if value == "True" else off)
+    return found
 
 
 def _unknown(token: str, options: list[str]) -> str:
