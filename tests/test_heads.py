@@ -30,7 +30,8 @@ losses_of = jax.jit(token_losses, static_argnames="config")
 @pytest.mark.slow
 @each_head
 def test_every_mesh_and_accumulated_parts_give_the_same_losses(head):
-    config = Config(model=HEADS[head], batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-2))
+    # At a higher rate steps blow up how sums are rounded.
+    config = Config(model=HEADS[head], batch_size=8, optimizer=OptimizerConfig(learning_rate=1e-3))
     if head == "label":
         config = replace(config, task=TaskConfig(label_smoothing=0.1, lm_weight=0.5))
     alone, _ = run_steps(config, 3)
