@@ -596,17 +596,28 @@ def forward(
     Returns:
       logits_BTV, float32, V = vocab_size (T is 1 with `only`), or logits_BTC of labels; and the
       cache with these tokens added, or None without one.
+    Raises:
+      ValueError: if a cache is given to a head that says the mean of a whole segment.
     """
     config = _resolved(config)
+    if cache is not None and config.pool == "mean":
+        raise ValueError(
+            "a cache was given, but model.pool is 'mean', of all tokens of a segment: give whole "
+            "segments and no cache"
+        )
     x_BTD, unembedding_VD, cache = _hidden(
         params, tokens_BT, config, positions_BT, segments_BT, cache, key, run
     )
-    if only is not None:
-        x_BTD = jax.lax.dynamic_slice_in_dim(x_BTD, only, 1, axis=1)
     if config.head != "lm":
-        return _label_logits(params, x_BTD, positions_BT, config), cache
+        return _at(only, _label_logits(params, x_BTD, positions_BT, config)), cache
+    x_BTD = _at(only, x_BTD)
     logits_BTV = _logits(x_BTD, unembedding_VD, config)
     return logits_BTV[..., : config.vocab_size], cache
+
+
+def _at(only: jax.Array | int | None, x_BT_: jax.Array) -> jax.Array:
+    """One index of T, or all."""
+    return x_BT_ if only is None else jax.lax.dynamic_slice_in_dim(x_BT_, only, 1, axis=1)
 
 
 def token_losses(

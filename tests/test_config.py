@@ -459,6 +459,8 @@ def test_an_option_without_its_section_gets_the_whole_name():
         (["--model.compute-dtype", "bfloat61"], "Did you mean 'bfloat16'?"),
         (["--tensorboard", "yes"], "'yes': one argument too many"),
         (["--steps", "True"], "steps = 'True'"),
+        (["--tensorboard", "True", "False"], "'False': one argument too many"),
+        (["--no-tensorboard", "False"], "'False': one argument too many"),
         (["text.txt"], "'text.txt': one argument too many"),
         (["--num-processes", "2"], "give all three of them, or none"),
         (["--num-processes", "two"], "num_processes = 'two'"),

@@ -12,7 +12,7 @@ from gptjax.attention import Mask, attend
 from gptjax.config import Config, ConfigError, MeshConfig, OptimizerConfig, TaskConfig, violations
 from gptjax.data import Batch
 from gptjax.decoding import generate
-from gptjax.model import label_losses, token_losses, weighted_loss
+from gptjax.model import forward, init_cache, label_losses, token_losses, weighted_loss
 from gptjax.sampling import Sampling
 from gptjax.step import following_weights
 
@@ -120,6 +120,10 @@ def test_pooled_logits_are_the_mean_over_the_segment_until_there():
         np.testing.assert_allclose(found[row, start:stop], expected, rtol=1e-5, atol=1e-6)
     alone = logits_of(params, tokens[1:], config=model)
     np.testing.assert_allclose(alone[0], found[1], rtol=1e-5, atol=1e-6)
+    last = forward(params, tokens, model, **places, only=8)[0]
+    np.testing.assert_allclose(last[:, 0], found[:, 8], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="give whole segments and no cache"):
+        forward(params, tokens, model, cache=init_cache(model, 2, 9))
 
 
 def test_a_bidirectional_model_sees_what_comes_after_within_its_segment():

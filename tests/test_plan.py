@@ -13,6 +13,7 @@ from jax import lax
 from small import MODERN, PLAIN
 
 from gptjax.cli import run_verb
+from gptjax.cli.planning import WRITTEN, Plan, _file_problems
 from gptjax.config import (
     GPT3,
     Config,
@@ -458,6 +459,10 @@ def test_command_refuses_files_before_it_plans(tmp_path, capsys):
     assert f"--json {tmp_path} is a folder" in said and "there is no folder" in said
     assert f"--out {own} is there, and no earlier search wrote it" in said
     assert own.read_text() == "mine = 1\n" and not capsys.readouterr().out
+    given = Plan(topology="v5p:512", search=True, out=str(own))
+    assert [*_file_problems(given)]
+    own.write_text(f'"""mine laid out for v5p.\n\n{WRITTEN} run.py --search.\n"""\n')
+    assert not [*_file_problems(given)]  # an earlier layout is replaced
 
 
 # --- with the compilers --------------------------------------------------------------------------

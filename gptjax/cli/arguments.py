@@ -1,6 +1,7 @@
 """Arguments to options: parsed by tyro, checked here."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -120,10 +121,10 @@ def _as_flags(arguments: Sequence[str], options: list[str]) -> list[str]:
     False as `--no-x`.
     """
     found: list[str] = []
-    for token in arguments:
+    for before, token in itertools.pairwise(["", *arguments]):
         option, _, value = token.partition("=")
-        if not value and found:
-            option, value = found[-1], token
+        if not value:
+            option, value = before, token
         section, dot, name = option.replace("_", "-").removeprefix("--").rpartition(".")
         off = f"--{section}{dot}no-{name}"
         if value not in ("True", "False") or off not in options:

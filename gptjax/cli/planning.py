@@ -32,7 +32,9 @@ class Plan:
     compile: bool = True  # with the compiler of that hardware; else all by formula, at once
     # try every mesh, remat, accumulate and attention by formula, and compile the promising ones
     search: bool = False
-    out: str = "layout.py"  # of --search: the layout as an experiment, which `train` takes
+    # of --search: the layout as an experiment, which `train` takes; it replaces an earlier layout,
+    # but no other file
+    out: str = "layout.py"
     price: Positive | None = None  # of a chip for an hour: the money of the whole run is shown
     # 50000 (money, with --price), 30days or 200MWh: for how many tokens that is enough; with
     # --search also of which of GPT-3's sizes it trains the largest

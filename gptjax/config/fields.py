@@ -61,8 +61,8 @@ class GPTConfig:
     # segment. A task of classes, entities or questions sets it
     head: Literal["lm", "label", "labels", "span"] = "lm"
     num_labels: Count | None = None  # of label and labels; a task sets it
-    # of the logits of label and labels at a position. last: its own, as in GPT; mean: the mean of
-    # those of the segment until there, of which the last one is the text's. For classify
+    # what the class of a text is read off. last: its last token, as in GPT; mean: the mean of what
+    # the head says of its tokens, for task.kind classify
     pool: Literal["last", "mean"] = "last"
     # attention also sees what comes after, within the segment; not for lm
     bidirectional: bool = False

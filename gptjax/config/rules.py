@@ -132,7 +132,8 @@ def _head(config: Config, _: int | None) -> Iterator[str]:
     classes = task.kind == "classify" if task.kind else labelled
     if model.pool == "mean" and not classes:
         yield (
-            "model.pool = 'mean' is of the classes of a text: give model.pool last, or "
+            f"model.pool = 'mean', but task.kind = {task.kind!r} with model.head = "
+            f"{model.head!r} has no class of a whole text: give model.pool last, or "
             "task.kind classify"
         )
     says_tokens = task.kind in ("pairs", "dialogue", "choices") or (
