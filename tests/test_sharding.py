@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 from launch import finish, start_program
 from small import MODERN, PLAIN
@@ -150,9 +151,12 @@ def test_rows_of_processes_that_are_wired_in_turns(tmp_path):
 def compiling():
     """Programs are compiled, not found where one like them was kept: only then XLA says how."""
     before = jax.config.jax_enable_compilation_cache
+    # JAX looks at the setting once, until the cache is reset.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     yield
     jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def test_xla_says_what_is_whole_only_to_be_split_again(compiling, capfd):
