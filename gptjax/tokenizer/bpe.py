@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,109 +49,170 @@ class BPETokenizer(PieceTokenizer):
         Raises:
           ConfigError: if that is not a whole tokenizer, or one that cannot be used.
         """
-        try:
-            spec = json.loads(content)
-            named = spec.pop(NAMED, {})
-            library = _library(spec)
-            model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
-            normalizers = list(_steps(spec["normalizer"]))
-            splitters = list(_steps(spec["pre_tokenizer"]))
-            ids = [*vocab.values()]
-            names = {token: name for name, token in vocab.items()}
-            names |= {one["id"]: one["content"] for one in added}
-        except Exception as error:  # the library raises nothing more special
-            raise ConfigError(
-                f"{where}: not a whole tokenizer ({error!r}); copy it again"
-            ) from None
-        if len({*ids}) != len(ids) or {*names} != {*range(len(names))}:
-            raise ConfigError(
-                f"{where}: the ids of {len(names):,} tokens are not those from 0 to "
-                f"{len(names) - 1:,}, each once; copy it again"
-            )
-        kinds = [step["type"] for step in splitters]
-        byte_level, suffix = "ByteLevel" in kinds, model.get("end_of_word_suffix") or ""
-        words = bool(suffix) and kinds == ["BertPreTokenizer"]
-        for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(name) and not (words and model[name] == suffix):
-                raise ConfigError(
-                    f"{where}: {name} {model[name]!r} is not supported; use byte-level BPE, such "
-                    "as GPT-2's, BPE with '▁' for spaces, or GPT-1's"
-                )
-        if (
-            not byte_level
-            and not words
-            and not any(
-                "Metaspace" in step["type"] or step.get("content") == WORD_START
-                for step in [*normalizers, *splitters]
-            )
-        ):
-            raise ConfigError(
-                f"{where}: takes texts apart by {', '.join(kinds) or 'nothing'}, which is not "
-                "supported; use byte-level BPE, such as GPT-2's, or BPE with '▁' for spaces"
-            )
-        alphabet = _byte_alphabet()
-        if byte_level and not {*alphabet} <= {*vocab}:
-            lost = sorted(byte for byte, name in enumerate(alphabet) if name not in vocab)
-            raise ConfigError(
-                f"{where}: has no token for {len(lost)} of the 256 bytes, such as {lost[0]:#04x}, "
-                "which it would leave out; train it with all bytes in its alphabet"
-            )
-        special = {one["id"]: one["content"] for one in added if one["special"]}
-        unknown = model.get("unk_token")
-        texts = {one["id"]: one["content"].encode() for one in added if not one["special"]}
-        bytes_of = {name: byte for byte, name in enumerate(alphabet)}
-
-        def meaning(token: int, name: str) -> bytes:
-            if token in special:
-                return b""
-            if token in texts:
-                return texts[token]
-            if byte_level and {*name} <= {*bytes_of}:
-                return bytes(bytes_of[character] for character in name)
-            if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name):
-                return bytes([int(name[3:5], 16)])
-            if words:
-                return (name.removesuffix(suffix) + " " * name.endswith(suffix)).encode()
-            return name.replace(WORD_START, " ").encode()
-
-        normalises = []
-        if others := [step["type"] for step in normalizers if not _starts_words(step)]:
-            normalises.append(f"characters are changed by {', '.join(others)}")
-        if any(map(_is_prefix, [*normalizers, *splitters])):
-            normalises.append("a space is put before the text")
-        if any(one["lstrip"] or one["rstrip"] for one in added if not one["special"]):
-            normalises.append("white space beside some added tokens is left out")
-        if unkept := [step["type"] for step in splitters if not _keeps_all(step)]:
-            normalises.append(f"some characters may be left out by {', '.join(unkept)}")
-        if words:
-            normalises.append("words are separated by one space each")
-        elif not byte_level:
-            normalises.append("'▁' becomes a space")
-        if not byte_level and not model.get("byte_fallback"):
-            becomes = f"become {unknown!r}" if unknown else "are lost"
-            normalises.append(f"characters outside the vocabulary {becomes}")
-        if normalises:
-            normalises.append("bytes that are not UTF-8 become U+FFFD")
-
-        bare = library
-        if any(map(_is_prefix, [*normalizers, *splitters])):
+        given = _read_spec(content, where)
+        _check_spec(given, where)
+        library = bare = given.library
+        if given.prefixed:
             parts = ("normalizer", "pre_tokenizer")
-            bare = _library(spec | {part: _without_prefix(spec[part]) for part in parts})
+            bare = _library(
+                given.spec | {part: _without_prefix(given.spec[part]) for part in parts}
+            )
+        unknown, special = given.model.get("unk_token"), given.special
+        normalises = _changes(given)
+        alphabet = _byte_alphabet() if given.byte_level else []
         super().__init__(
             content,
             where,
-            table=[meaning(token, names[token]) for token in range(len(names))],
+            table=_meanings(given),
             special={token: name for token, name in special.items() if name != unknown},
-            end=_first_named((named.get("end"), *END_NAMES), special),
-            pad=_first_named((named.get("pad"), *PAD_NAMES), special),
+            end=_first_named((given.named.get("end"), *END_NAMES), special),
+            pad=_first_named((given.named.get("pad"), *PAD_NAMES), special),
             normalises=normalises,
-            byte_ids=np.array([vocab[name] for name in alphabet if byte_level], np.int32),
+            byte_ids=np.array([given.vocab[name] for name in alphabet], np.int32),
             apart="",
-            cuts=_bpe_cuts(normalizers, splitters, vocab, added, bool(normalises)),
+            cuts=_bpe_cuts(given, bool(normalises)),
             unit=1 << 13,  # the library is slower on long texts, and on short ones
             first=lambda texts: _encode_fast(library, texts),
             rest=lambda texts: _encode_fast(bare, texts),
         )
+
+
+class _Spec(NamedTuple):
+    """What a tokenizer.json says."""
+
+    spec: dict  # all of it
+    named: dict[str, str]  # of our own: which special tokens are end and padding
+    library: Any  # the tokenizer that it makes
+    names: list[str]  # of every id
+    normalizers: list[dict]
+    splitters: list[dict]  # of its pre-tokeniser
+
+    @property
+    def model(self) -> dict:
+        return self.spec["model"]
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self.model["vocab"]
+
+    @property
+    def added(self) -> list[dict]:
+        return self.spec["added_tokens"]
+
+    @property
+    def special(self) -> dict[int, str]:
+        """The special tokens, which are no text."""
+        return {one["id"]: one["content"] for one in self.added if one["special"]}
+
+    @property
+    def byte_level(self) -> bool:
+        return any(step["type"] == "ByteLevel" for step in self.splitters)
+
+    @property
+    def word_end(self) -> str:
+        """What ends the last piece of a word, as in GPT-1; "" for other kinds."""
+        words = [step["type"] for step in self.splitters] == ["BertPreTokenizer"]
+        return (self.model.get("end_of_word_suffix") or "") if words else ""
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether something is put before a text."""
+        return any(map(_is_prefix, [*self.normalizers, *self.splitters]))
+
+
+def _read_spec(content: bytes, where: str) -> _Spec:
+    try:
+        spec = json.loads(content)
+        named = spec.pop(NAMED, {})
+        library = _library(spec)
+        vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+        normalizers = list(_steps(spec["normalizer"]))
+        splitters = list(_steps(spec["pre_tokenizer"]))
+        ids = [*vocab.values()]
+        names = {token: name for name, token in vocab.items()}
+        names |= {one["id"]: one["content"] for one in added}
+    except Exception as error:  # the library raises nothing more special
+        raise ConfigError(f"{where}: not a whole tokenizer ({error!r}); copy it again") from None
+    if len({*ids}) != len(ids) or {*names} != {*range(len(names))}:
+        raise ConfigError(
+            f"{where}: the ids of {len(names):,} tokens are not those from 0 to "
+            f"{len(names) - 1:,}, each once; copy it again"
+        )
+    by_id = [names[token] for token in range(len(names))]
+    return _Spec(spec, named, library, by_id, normalizers, splitters)
+
+
+def _check_spec(given: _Spec, where: str) -> None:
+    """Refuse what would not give a text back, or lose parts of it unsaid."""
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        said = given.model.get(name)
+        if said and said != given.word_end:
+            raise ConfigError(
+                f"{where}: {name} {said!r} is not supported; use byte-level BPE, such as GPT-2's, "
+                "BPE with '▁' for spaces, or GPT-1's"
+            )
+    steps = [*given.normalizers, *given.splitters]
+    if not (given.byte_level or given.word_end) and not any(
+        "Metaspace" in step["type"] or step.get("content") == WORD_START for step in steps
+    ):
+        kinds = ", ".join(step["type"] for step in given.splitters)
+        raise ConfigError(
+            f"{where}: takes texts apart by {kinds or 'nothing'}, which is not supported; use "
+            "byte-level BPE, such as GPT-2's, or BPE with '▁' for spaces"
+        )
+    alphabet = _byte_alphabet()
+    if given.byte_level and not {*alphabet} <= {*given.vocab}:
+        lost = sorted(byte for byte, name in enumerate(alphabet) if name not in given.vocab)
+        raise ConfigError(
+            f"{where}: has no token for {len(lost)} of the 256 bytes, such as {lost[0]:#04x}, "
+            "which it would leave out; train it with all bytes in its alphabet"
+        )
+
+
+def _meanings(given: _Spec) -> list[bytes]:
+    """The bytes that each id stands for; none of special ones."""
+    special, suffix = given.special, given.word_end
+    texts = {one["id"]: one["content"].encode() for one in given.added if not one["special"]}
+    bytes_of = {name: byte for byte, name in enumerate(_byte_alphabet())}
+
+    def meaning(token: int, name: str) -> bytes:
+        if token in special:
+            return b""
+        if token in texts:
+            return texts[token]
+        if given.byte_level and {*name} <= {*bytes_of}:
+            return bytes(bytes_of[character] for character in name)
+        if given.model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return bytes([int(name[3:5], 16)])
+        if suffix:
+            return (name.removesuffix(suffix) + " " * name.endswith(suffix)).encode()
+        return name.replace(WORD_START, " ").encode()
+
+    return [meaning(token, name) for token, name in enumerate(given.names)]
+
+
+def _changes(given: _Spec) -> list[str]:
+    """In what a text may come back other than it was, in words."""
+    found = []
+    if others := [step["type"] for step in given.normalizers if not _starts_words(step)]:
+        found.append(f"characters are changed by {', '.join(others)}")
+    if given.prefixed:
+        found.append("a space is put before the text")
+    if any(one["lstrip"] or one["rstrip"] for one in given.added if not one["special"]):
+        found.append("white space beside some added tokens is left out")
+    if unkept := [step["type"] for step in given.splitters if not _keeps_all(step)]:
+        found.append(f"some characters may be left out by {', '.join(unkept)}")
+    if given.word_end:
+        found.append("words are separated by one space each")
+    elif not given.byte_level:
+        found.append("'▁' becomes a space")
+    if not given.byte_level and not given.model.get("byte_fallback"):
+        unknown = given.model.get("unk_token")
+        becomes = f"become {unknown!r}" if unknown else "are lost"
+        found.append(f"characters outside the vocabulary {becomes}")
+    if found:
+        found.append("bytes that are not UTF-8 become U+FFFD")
+    return found
 
 
 def _library(spec: dict) -> Any:
@@ -212,27 +273,21 @@ def _without_prefix(step: dict | None) -> dict | None:
     return step | {"add_prefix_space": False} if "add_prefix_space" in step else step
 
 
-def _bpe_cuts(
-    normalizers: list[dict],
-    splitters: list[dict],
-    vocab: Iterable[str],
-    added: list[dict],
-    normalised: bool,
-) -> list[bytes]:
+def _bpe_cuts(given: _Spec, normalised: bool) -> list[bytes]:
     """The patterns of places that a text may be cut at, as `PieceTokenizer` takes them."""
-    types = [step["type"] for step in splitters]
-    found = [one for one in added if not one["special"]]
+    splitters, types = given.splitters, [step["type"] for step in given.splitters]
+    found = [one for one in given.added if not one["special"]]
     if any(re.search(r"\n|(?<!^)\s", one["content"]) or one["rstrip"] for one in found):
         return []
     # What is put before the text is put before what follows an added token, too.
-    if found and any(map(_is_prefix, [*normalizers, *splitters])):
+    if found and given.prefixed:
         return []
-    if any(step["type"] not in _KNOWN_NORMALIZERS for step in normalizers):
+    if any(step["type"] not in _KNOWN_NORMALIZERS for step in given.normalizers):
         return []
-    if any(step["type"] == "Replace" and not _starts_words(step) for step in normalizers):
+    if any(step["type"] == "Replace" and not _starts_words(step) for step in given.normalizers):
         return []
     if types in ([], ["Metaspace"]):
-        inside = any(WORD_START in name.lstrip(WORD_START) for name in vocab)
+        inside = any(WORD_START in name.lstrip(WORD_START) for name in given.vocab)
         return [] if inside else [ASCII_SPACES]
     if types == ["BertPreTokenizer"]:  # which splits at every space, whatever is there
         return [ASCII_SPACES]

@@ -45,90 +45,143 @@ class SentencePieceTokenizer(PieceTokenizer):
         Raises:
           ConfigError: if that is not a whole model, or one that cannot be used.
         """
-        try:
-            spec = dict(_fields(content))
-            trainer, normalizer = dict(_fields(spec[2])), dict(_fields(spec[3]))
-            processor = _processor(content)
-            count = processor.get_piece_size()
-            pieces = processor.id_to_piece(list(range(count)))
-            # By the numbers of sentencepiece_model.proto, in SentencePiece's repository.
-            unknown = trainer.get(44, " ⁇ ".encode()).decode()
-            rule = normalizer.get(1, b"").decode()
-            dummy_prefix, one_space, escaped = (normalizer.get(number, 1) for number in (3, 4, 5))
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-            raise ConfigError(
-                f"{where}: not a whole SentencePiece model ({error!r}); copy or train it again"
-            ) from None
-        if trainer.get(24):
-            raise ConfigError(
-                f"{where}: puts spaces at the end of pieces (treat_whitespace_as_suffix), which is "
-                "not supported; train a model without that"
-            )
-        controls = {i: piece for i, piece in enumerate(pieces) if processor.is_control(i)}
-        byte_ids = {
-            int(piece[3:5], 16): i for i, piece in enumerate(pieces) if processor.is_byte(i)
-        }
-        table = [
-            b""
-            if i in controls
-            else bytes([int(piece[3:5], 16)])
-            if processor.is_byte(i)
-            else unknown.encode()
-            if processor.is_unknown(i)
-            else piece.replace(WORD_START, " ").encode()
-            for i, piece in enumerate(pieces)
-        ]
-        by_rule = bool(normalizer.get(2))
-        complete = len(byte_ids) == 256 and WORD_START in pieces
-        normalises = []
-        if by_rule:
-            normalises.append(f"characters are changed by the rule {rule!r}")
-        if one_space:
-            normalises.append("spaces at both ends are left out, and several become one")
-        if dummy_prefix:
-            normalises.append("a space is put before the text")
-        if not complete:
-            normalises.append(f"characters outside the vocabulary become {unknown!r}")
-        if not escaped or spec.get(5):
-            normalises.append("spaces or characters are changed when ids become text")
-        if normalises:
-            normalises.append("bytes that are not UTF-8 become U+FFFD")
-        # No piece goes on after the end of a word, or of a line.
-        words = WORD_START in pieces and not any(
-            WORD_START in piece.lstrip(WORD_START) or " " in piece[1:] for piece in pieces
-        )
-        lines = not normalises and not any("\n" in piece[:-1] for piece in pieces)
-        known = not by_rule or rule in ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
-        spaces = [ASCII_SPACES if normalises else SPACES] if words and known else []
+        given = _read_model(content, where)
+        processor, normalises = given.processor, _changes(given)
         # Fields that are appended to a model in protobuf take the place of those before.
-        bare = _processor(content + b"\x1a\x02\x18\x00") if dummy_prefix else processor
-        dummy = (
-            _processor(content + b"\x1a\x02\x18\x01")
-            if one_space and not dummy_prefix
-            else processor
-        )
+        bare = _processor(content + b"\x1a\x02\x18\x00") if given.dummy_prefix else processor
+        dummy = processor
+        if given.one_space and not given.dummy_prefix:
+            dummy = _processor(content + b"\x1a\x02\x18\x01")
 
         def rest(texts: list[bytes]) -> list[np.ndarray]:
             # A space at the beginning is left out, so one that is put there takes its place.
             lost = [text.startswith(b" ") for text in texts]
             return by_two(texts, lost, _encoder(dummy), _encoder(bare))
 
+        controls, bytes_of = given.controls, given.byte_ids
         super().__init__(
             content,
             where,
-            table=table,
+            table=_meanings(given),
             special=controls,
             end=processor.eos_id() if processor.eos_id() in controls else None,
             pad=processor.pad_id() if processor.pad_id() in controls else None,
             normalises=normalises,
-            byte_ids=np.array([byte_ids[byte] for byte in range(256 * complete)], np.int32),
+            byte_ids=np.array([bytes_of[byte] for byte in range(256 * given.complete)], np.int32),
             apart=WORD_START,
-            cuts=spaces + [ALL_BREAKS] * lines,
+            cuts=_cuts(given, bool(normalises)),
             # Unigram adds up scores in 32 bits: where a unit begins can turn a tie.
             unit=1,
             first=_encoder(processor),
-            rest=rest if one_space else _encoder(bare),
+            rest=rest if given.one_space else _encoder(bare),
         )
+
+
+class _Model(NamedTuple):
+    """What a model says of its pieces, and of what is done to texts before and after them."""
+
+    processor: Any
+    pieces: list[str]
+    unknown: str  # what stands for characters outside the vocabulary
+    rule: str  # by which characters are changed
+    by_rule: bool  # whether they are
+    one_space: bool
+    dummy_prefix: bool
+    changed_after: bool  # spaces or characters, when ids become text
+
+    @property
+    def controls(self) -> dict[int, str]:
+        """The pieces that are no text."""
+        return {i: one for i, one in enumerate(self.pieces) if self.processor.is_control(i)}
+
+    @property
+    def byte_ids(self) -> dict[int, int]:
+        """The ids of the bytes that have one."""
+        return {
+            int(piece[3:5], 16): i
+            for i, piece in enumerate(self.pieces)
+            if self.processor.is_byte(i)
+        }
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are pieces for every text."""
+        return len(self.byte_ids) == 256 and WORD_START in self.pieces
+
+
+def _read_model(content: bytes, where: str) -> _Model:
+    try:
+        spec = dict(_fields(content))
+        trainer, normalizer = dict(_fields(spec[2])), dict(_fields(spec[3]))
+        processor = _processor(content)
+        # By the numbers of sentencepiece_model.proto, in SentencePiece's repository.
+        found = _Model(
+            processor=processor,
+            pieces=processor.id_to_piece(list(range(processor.get_piece_size()))),
+            unknown=trainer.get(44, " ⁇ ".encode()).decode(),
+            rule=normalizer.get(1, b"").decode(),
+            by_rule=bool(normalizer.get(2)),
+            one_space=bool(normalizer.get(4, 1)),
+            dummy_prefix=bool(normalizer.get(3, 1)),
+            changed_after=not normalizer.get(5, 1) or bool(spec.get(5)),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"{where}: not a whole SentencePiece model ({error!r}); copy or train it again"
+        ) from None
+    if trainer.get(24):
+        raise ConfigError(
+            f"{where}: puts spaces at the end of pieces (treat_whitespace_as_suffix), which is not "
+            "supported; train a model without that"
+        )
+    return found
+
+
+def _meanings(given: _Model) -> list[bytes]:
+    """The bytes that each id stands for; none of control pieces."""
+    controls, bytes_of = given.controls, {i: byte for byte, i in given.byte_ids.items()}
+
+    def meaning(i: int, piece: str) -> bytes:
+        if i in controls:
+            return b""
+        if i in bytes_of:
+            return bytes([bytes_of[i]])
+        if given.processor.is_unknown(i):
+            return given.unknown.encode()
+        return piece.replace(WORD_START, " ").encode()
+
+    return [meaning(i, piece) for i, piece in enumerate(given.pieces)]
+
+
+def _changes(given: _Model) -> list[str]:
+    """In what a text may come back other than it was, in words."""
+    found = []
+    if given.by_rule:
+        found.append(f"characters are changed by the rule {given.rule!r}")
+    if given.one_space:
+        found.append("spaces at both ends are left out, and several become one")
+    if given.dummy_prefix:
+        found.append("a space is put before the text")
+    if not given.complete:
+        found.append(f"characters outside the vocabulary become {given.unknown!r}")
+    if given.changed_after:
+        found.append("spaces or characters are changed when ids become text")
+    if found:
+        found.append("bytes that are not UTF-8 become U+FFFD")
+    return found
+
+
+def _cuts(given: _Model, normalised: bool) -> list[bytes]:
+    """The patterns of places that a text may be cut at, as `PieceTokenizer` takes them."""
+    # No piece goes on after the end of a word, or of a line.
+    words = WORD_START in given.pieces and not any(
+        WORD_START in piece.lstrip(WORD_START) or " " in piece[1:] for piece in given.pieces
+    )
+    lines = not normalised and not any("\n" in piece[:-1] for piece in given.pieces)
+    rules = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
+    known = not given.by_rule or given.rule in rules
+    spaces = [ASCII_SPACES if normalised else SPACES] if words and known else []
+    return spaces + [ALL_BREAKS] * lines
 
 
 class Pieces(NamedTuple):
