@@ -89,7 +89,7 @@ def _cache(folder: Path) -> Iterator[None]:
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_enable_xla_caches": "none",
     }
-    with _set(settings):
+    with configured(settings):
         compilation_cache.reset_cache()
         try:
             yield
@@ -98,7 +98,7 @@ def _cache(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _set(settings: dict[str, Any]) -> Iterator[None]:
+def configured(settings: dict[str, Any]) -> Iterator[None]:
     """JAX's configuration has other values."""
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
@@ -173,7 +173,7 @@ def save_executable(path: Path, config: Config, mesh: Mesh) -> None:
       OSError: if the file cannot be written.
     """
     everything = {"jax_persistent_cache_min_compile_time_secs": 0}
-    with tempfile.TemporaryDirectory() as folder, _cache(Path(folder)), _set(everything):
+    with tempfile.TemporaryDirectory() as folder, _cache(Path(folder)), configured(everything):
         compile_step(config, mesh)
         entries = list(Path(folder).glob(f"{STEP}*{SUFFIX}"))
         if len(entries) != 1:

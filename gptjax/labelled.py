@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from gptjax.config import Config, ConfigError
 from gptjax.data import Batch, prefetch
-from gptjax.model import Params, forward, label_losses, resolve
+from gptjax.losses import label_losses
+from gptjax.model import Params, forward, resolve
 from gptjax.pipeline import stack_of
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 from gptjax.tasks import ExampleRows, Prediction, Problems, Task, encode_examples, make_task

@@ -34,7 +34,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from gptjax.config import Config, GPTConfig, MeshConfig
-from gptjax.model import Block, Params, Places, between, remat, scan_blocks
+from gptjax.layers import between
+from gptjax.model import Block, Params, Places, remat, scan_blocks
 from gptjax.sharding import row_shards
 
 # Primitives that parameters pass on their way from the stack into a product.

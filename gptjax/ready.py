@@ -9,8 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import Config, ConfigError, GPTConfig, check
-from gptjax.data import Exclusion, Rows, check_epochs, exclude, pass_over, read_rollbacks
+from gptjax.data import Rows, check_epochs
 from gptjax.events import Events
+from gptjax.exclusions import Exclusion, exclude, pass_over, read_rollbacks
 from gptjax.labelled import Labelled, contents_of, describe_examples, load_labelled
 from gptjax.loading import check_origin, take_over
 from gptjax.model import resolve

@@ -21,8 +21,9 @@ from jax.experimental import multihost_utils
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, MixtureConfig, from_json, to_json, weight_at
-from gptjax.data import Rollback, Rows, join_ranges
+from gptjax.data import Rows
 from gptjax.events import Events
+from gptjax.exclusions import Rollback, join_ranges
 from gptjax.optim import learning_rate
 from gptjax.rundir import CheckpointError, read_run, sync
 from gptjax.tokenizer import Tokenizer

@@ -11,13 +11,8 @@ from jax.experimental import multihost_utils
 
 from gptjax.config import Config, ConfigError, GPTConfig
 from gptjax.corpus import load_corpus
-from gptjax.data import (
-    Exclusion,
-    Member,
-    Rows,
-    check_rows,
-    read_exclusions,
-)
+from gptjax.data import Member, Rows, check_rows
+from gptjax.exclusions import Exclusion, read_exclusions
 from gptjax.faults import at
 from gptjax.sources import DataError
 from gptjax.store import Store

@@ -14,10 +14,8 @@ from jax.sharding import Mesh
 
 from gptjax.attention import choose_across
 from gptjax.config import Config, to_json
-from gptjax.data import (
-    Exclusion,
-    Rows,
-)
+from gptjax.data import Rows
+from gptjax.exclusions import Exclusion
 from gptjax.model import resolve
 from gptjax.pipeline import describe_pipeline
 from gptjax.tuning import abstract_all, abstract_trained

@@ -19,20 +19,18 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock, DeviceWatch
 from gptjax.compiled import compile_step, kept_in, seal, take_executable
 from gptjax.config import Config
-from gptjax.data import (
-    Batch,
-    Rollback,
-    Rows,
-    pass_over,
-    prefetch,
-    read_rollbacks,
-    write_exclusions,
-    write_rollbacks,
-)
+from gptjax.data import Batch, Rows, prefetch
 from gptjax.decoding import generate
 from gptjax.errors import EXIT_CODES, NO_ERRORS, explain
 from gptjax.evaluate import evaluate, jit_eval_step
 from gptjax.events import Events
+from gptjax.exclusions import (
+    Rollback,
+    pass_over,
+    read_rollbacks,
+    write_exclusions,
+    write_rollbacks,
+)
 from gptjax.faults import at
 from gptjax.integrity import NotFiniteError
 from gptjax.labelled import (

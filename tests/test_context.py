@@ -17,7 +17,7 @@ from gptjax.attention.kernels import splash
 from gptjax.attention.ring import Rule, journey
 from gptjax.config import Config, MeshConfig, OptimizerConfig
 from gptjax.decoding import generate
-from gptjax.model import _unembed_loss
+from gptjax.losses import unembed_loss
 from gptjax.sampling import Sampling
 from gptjax.sharding import in_use, make_mesh, replicated, to_devices
 from gptjax.step import loss_and_grads
@@ -211,7 +211,7 @@ def test_pieces_of_the_loss_move_no_positions():
     unembedding = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=replicated(mesh))
 
     def gradients(x_BTD, unembedding, ids_BT, weights_BT):
-        loss = functools.partial(_unembed_loss, config=config)
+        loss = functools.partial(unembed_loss, config=config)
         return jax.grad(loss, argnums=(0, 1))(x_BTD, unembedding, ids_BT, weights_BT)
 
     with jax.set_mesh(mesh):

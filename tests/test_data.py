@@ -17,18 +17,16 @@ from gptjax.data import (
     Batch,
     Excluded,
     Member,
-    Rollback,
     Rows,
     batch_at,
     block_quotas,
     check_epochs,
     check_rows,
-    join_ranges,
-    pass_over,
     permute,
     prefetch,
     windows_at,
 )
+from gptjax.exclusions import Rollback, join_ranges, pass_over
 from gptjax.sources import DataError
 from gptjax.store import build_store
 from gptjax.tokenizer import ByteTokenizer

@@ -25,7 +25,8 @@ from gptjax.config import (
     SampleConfig,
     violations,
 )
-from gptjax.data import Rows, batch_at, pass_over, read_rollbacks
+from gptjax.data import Rows, batch_at
+from gptjax.exclusions import pass_over, read_rollbacks
 from gptjax.faults import arm
 from gptjax.guard import judge, no_recent
 from gptjax.metrics import read_metrics

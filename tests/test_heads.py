@@ -12,7 +12,8 @@ from gptjax.attention import Mask, attend
 from gptjax.config import Config, ConfigError, MeshConfig, OptimizerConfig, TaskConfig, violations
 from gptjax.data import Batch
 from gptjax.decoding import generate
-from gptjax.model import forward, init_cache, label_losses, token_losses, weighted_loss
+from gptjax.losses import label_losses
+from gptjax.model import forward, init_cache, token_losses, weighted_loss
 from gptjax.sampling import Sampling
 from gptjax.step import following_weights
 

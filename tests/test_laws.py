@@ -302,7 +302,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was_and_the_next_goes
 
 
 def test_the_gradient_of_the_norm_is_its_derivative():
-    from gptjax.model import normalize
+    from gptjax.layers import normalize
 
     x = jax.random.normal(jax.random.key(0), (2, 3, 8))
     for centred in (True, False):

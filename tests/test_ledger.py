@@ -21,17 +21,9 @@ from gptjax.config import (
     OptimizerConfig,
     SampleConfig,
 )
-from gptjax.data import (
-    Exclusion,
-    Member,
-    Rows,
-    batch_at,
-    exclude,
-    passages_at,
-    read_exclusions,
-    write_exclusions,
-)
+from gptjax.data import Member, Rows, batch_at, passages_at
 from gptjax.evaluate import document_losses
+from gptjax.exclusions import Exclusion, exclude, read_exclusions, write_exclusions
 from gptjax.metrics import read_metrics
 from gptjax.model import token_losses
 from gptjax.rows import load_rows

@@ -11,13 +11,8 @@ import pytest
 from small import MODELS, MODERN, PLAIN, fresh, logits_of
 
 from gptjax.config import GPT2, GPT3, MeshConfig
-from gptjax.model import (
-    abstract_params,
-    forward,
-    param_letters,
-    resolve,
-    rotate,
-)
+from gptjax.layers import rotate
+from gptjax.model import abstract_params, forward, param_letters, resolve
 from gptjax.sharding import make_mesh
 
 

@@ -10,7 +10,8 @@ from gptjax.cli.runs import load_model
 from gptjax.config import Config, Count, Whole, refuse
 
 if TYPE_CHECKING:
-    from gptjax.data import Exclusion, Passage, Rows
+    from gptjax.data import Passage, Rows
+    from gptjax.exclusions import Exclusion
     from gptjax.tokenizer import Tokenizer
 
 
@@ -38,17 +39,15 @@ def data(run_dir: str, given: Data) -> None:
     if not given.blame:
         jax.config.update("jax_platforms", "cpu")
     from gptjax.checkpoint import Checkpoints
-    from gptjax.data import (
-        Batch,
-        batch_at,
+    from gptjax.data import Batch, batch_at, passages_at
+    from gptjax.evaluate import document_losses
+    from gptjax.exclusions import (
         exclude,
         pass_over,
-        passages_at,
         read_exclusions,
         read_rollbacks,
         write_exclusions,
     )
-    from gptjax.evaluate import document_losses
     from gptjax.metrics import read_metrics
     from gptjax.rows import load_rows
     from gptjax.rundir import read_run
@@ -157,7 +156,7 @@ def _exclusions(
     tokenizer: "Tokenizer",
 ) -> list["Exclusion"]:
     """The record of documents that are to be left out, without those that are recorded already."""
-    from gptjax.data import Exclusion
+    from gptjax.exclusions import Exclusion
 
     known = {(one.store, one.document) for one in recorded}
     return [

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gptjax.compiled import configured
 from gptjax.config import Config
 from gptjax.plan.flops import count_flops
 from gptjax.plan.hlo import Collective, Program
@@ -37,7 +38,9 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     flops = sum(count_flops(traced.jaxpr.jaxpr).values())
     lowered = traced.lower()
     try:
-        compiled = lowered.compile(compiler_options=compiler_options(topology))
+        # A program that was kept names the lines of the source it was compiled from.
+        with configured({"jax_compilation_cache_include_metadata_in_key": True}):
+            compiled = lowered.compile(compiler_options=compiler_options(topology))
     except Exception as error:  # of the compiler's own kind
         used = _used(str(error))
         if used is None:

@@ -11,7 +11,7 @@ import jax
 from gptjax.config import Config, GPTConfig, TuneConfig
 from gptjax.data import Batch
 from gptjax.guard import no_recent
-from gptjax.model import LOGITS_BYTES
+from gptjax.losses import LOGITS_BYTES
 from gptjax.pipeline import Schedule
 from gptjax.plan.liveness import Measure, Tensor, kept
 from gptjax.sharding import BETWEEN, FED, IN_USE, STORED
