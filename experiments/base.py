@@ -17,11 +17,11 @@ evaluating this model.
 1.7073 bits per byte: novels 1.5917, english 1.6016, german 1.6578, chinese 2.2582. What that is
 worth to labelled sets, finetune.py says.
 
-Runs on one of the cores chose the model: 500 steps of five layers of width 320
-(10 million parameters, tied) gave a validation loss of 5.2636, and in the same time 850 steps of
-four of width 256 4.9851. Untied, as here, costs no time, and was as good. So small a batch wants a
-long mean of squares: with beta2 of 0.95 the 500 steps gave 5.3492, with 0.99, as here, 5.2636; with
-0.999 the 850 gave 5.0098.
+Runs on one of the cores chose the model: 500 steps of five layers of width 320 (10 million
+parameters, tied) gave a validation loss of 5.2636, and in the same time 850 steps of four of width
+256 4.9851. Untied, as here, costs no time, and was as good. So small a batch wants a long mean of
+squares: with beta2 of 0.95 the 500 steps gave 5.3492, with 0.99, as here, 5.2636; with 0.999 the
+850 gave 5.0098.
 """
 
 import csv
