@@ -7,6 +7,23 @@
 The model and its tokenizer are those of `--init-from`, a run or a folder of Transformers; without
 it give `--model.*`. Each of the functions is a task; what its files look
 like is in `--task.*`.
+
+What base.py's model makes of classes, by `tools/records.py` with its settings (batches of 4 rows of
+256 tokens, the mean of a text's tokens, the best of ten evaluations), on one core of an AMD EPYC
+each (2026-11-29, commit 2a88885). Accuracy on the validation split, the median of three seeds with
+the least and the most, beside TF-IDF with logistic regression:
+
+    set              TF-IDF   from scratch            from base.py
+    movie-sentiment  0.746    0.748 (0.742 to 0.756)  0.765 (0.752 to 0.772)
+    clinc150         0.857    0.887 (one seed)        0.874 (one seed)
+    poem-sentiment   0.667    0.657 (0.657 to 0.657)  0.676 (0.657 to 0.714)
+    med-nli          0.472    0.551 (0.546 to 0.567)  0.707 (0.656 to 0.712)
+    sib200, English  0.465    0.576 (0.566 to 0.596)  0.586 (0.566 to 0.586)
+    sib200, Chinese  0.636    0.707 (0.677 to 0.747)  0.727 (0.717 to 0.737)
+    sib200, German   0.394    0.566 (0.505 to 0.576)  0.586 (0.546 to 0.606)
+
+The validation splits of poem-sentiment and sib200 have about a hundred texts, so that a hundredth
+is one text. Adapters, and the other tasks, are not recorded yet.
 """
 
 from dataclasses import replace
