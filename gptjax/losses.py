@@ -52,7 +52,14 @@ def _softmax(
 def unembed_losses(
     x_BTD: jax.Array, unembedding_VD: jax.Array, targets_BT: jax.Array, config: GPTConfig
 ) -> jax.Array:
-    """The negative log-likelihood of each target, in nats: [B, T], float32."""
+    """The negative log-likelihood of each target, in nats: [B, T], float32.
+
+    Args:
+      x_BTD: the normalised stream.
+      unembedding_VD: by which logits are made of it.
+      targets_BT: ids below `config.vocab_size`.
+      config: with nothing left to choose, as `model.resolve` makes it.
+    """
     pieces = _pieces(x_BTD, targets_BT, config=config)
 
     @jax.checkpoint
