@@ -10,9 +10,9 @@ like is in `--task.*`.
 
 What base.py's model makes of classes, by `tools/records.py` with its settings (batches of 4 rows of
 256 tokens, the mean of a text's tokens, learning rates of 1e-3 from scratch and 6e-4 from base.py),
-on one core of an AMD EPYC each (2026-11-29, commit 2a88885). Accuracy on the validation split, which
-also chose the best of ten evaluations; the median of three seeds with the least and the most, beside
-TF-IDF with logistic regression:
+on one core of an AMD EPYC each (2026-11-29, commit 2a88885). Accuracy on the validation split,
+which also chose the best of ten evaluations: the median of three seeds with the least and the most,
+beside TF-IDF with logistic regression:
 
     set              TF-IDF   from scratch            from base.py
     movie-sentiment  0.746    0.748 (0.742 to 0.756)  0.765 (0.752 to 0.772)
