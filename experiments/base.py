@@ -13,7 +13,7 @@ splits, but for wikitext-2, CMRC 2018 and KdConv, of which other splits are read
 evaluating this model.
 
 15.4 million tokens took 57 minutes, 4,663 a second, on 2 cores of an AMD EPYC (2026-11-29, this
-file as of commit 6661b7e with the rest of 439fa09), for the first fifteen of them beside other work.
+file as of commit 6661b7e with the rest of 439fa09), the first fifteen beside other work.
 Validation loss 3.9313 nats per token, 1.7073 bits per byte: novels 1.5917, english 1.6016, german
 1.6578, chinese 2.2582. What that is worth to labelled sets, finetune.py says.
 
