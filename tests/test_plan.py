@@ -14,6 +14,7 @@ from small import MODERN, PLAIN
 
 from gptjax.cli import run_verb
 from gptjax.cli.planning import WRITTEN, Plan, _file_problems
+from gptjax.compiled import compile_step, configured, kept_in
 from gptjax.config import (
     GPT3,
     Config,
@@ -148,6 +149,20 @@ def test_compiled_for_a_cpu():
     assert found.time.source == "compiler"
     assert found.time.least <= found.time.most
     assert 0 < found.mfu(found.time.most) <= found.mfu(found.time.least)
+
+
+def test_a_plan_names_lines_of_the_source_as_it_is(tmp_path):
+    """What was kept of an older source is found again by its mathematics, and has its old lines: a
+    plan looks for its own lines too, so it does not find even what training kept just now.
+    """
+    everything = {"jax_persistent_cache_min_compile_time_secs": 0}
+    topology = parse_topology("cpu:1")
+    with kept_in(tmp_path, always=True), configured(everything):
+        compile_step(RUN, make_mesh(RUN.mesh, find_devices(topology)))
+        assert len(list(tmp_path.glob("jit_step-*-cache"))) == 1
+        for _ in range(2):
+            plan(RUN, topology)
+            assert len(list(tmp_path.glob("jit_step-*-cache"))) == 2
 
 
 # --- work ----------------------------------------------------------------------------------------
