@@ -129,10 +129,10 @@ SETS |= {
     }
     for pair in ("deu-eng", "cmn-eng")
 }
-EPOCHS = {"classify": 5.0, "entities": 5.0, "questions": 2.0, "pairs": 3.0}
+EPOCHS = {"classify": 5.0, "entities": 3.0, "questions": 2.0, "pairs": 3.0}
 # Learning rates: of all parameters, and of adapters.
-RATES = {"scratch": 1e-3, "lora": 2e-3}
-USUAL_RATE = 6e-4
+RATES = {"lora": 2e-3}
+USUAL_RATE = 1e-3
 EVALUATIONS = 10  # of a run, of which the best step is kept
 
 
