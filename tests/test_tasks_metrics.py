@@ -11,6 +11,7 @@ from gptjax.tasks.metrics import (
     answer_figures,
     answer_scores,
     best_threshold,
+    bleu_tokens,
     bootstrap,
     chinese_words,
     class_figures,
@@ -264,6 +265,29 @@ def test_texts_as_sacrebleu(count):
         bleu = sacrebleu.corpus_bleu(said, columns, tokenize=tokens).score
         assert figures["bleu"] == pytest.approx(bleu)
         assert figures["chrf"] == pytest.approx(sacrebleu.corpus_chrf(said, columns).score)
+
+
+@pytest.mark.parametrize(
+    ("right", "tokens"),
+    [
+        ("Komm schnell, Tom!", "13a"),
+        ("서둘러 주세요", "13a"),  # Hangul has spaces
+        ("", "13a"),
+        ("快点。汤姆。", "zh"),
+        ("汤姆 says 快点快点", "zh"),
+        ("早くきてください", "char"),
+        ("เร็วเข้า", "char"),
+    ],
+)
+def test_bleu_divides_texts_as_their_script_has_it(right, tokens):
+    assert bleu_tokens([[right], [right, right]]) == tokens
+
+
+def test_bleu_sees_what_is_right_in_a_text_without_spaces():
+    pytest.importorskip("sacrebleu", reason="the package sacrebleu")
+    said, right = ["他说快点走吧。"], [["他说快点跑吧。"]]
+    assert text_figures(right, said) == text_figures(right, said, "zh")
+    assert text_figures(right, said)["bleu"] > text_figures(right, said, "13a")["bleu"]
 
 
 def test_a_text_may_have_more_right_ones_than_another():

@@ -124,8 +124,8 @@ SETS |= {
         "kind": "pairs",
         "train": [f"tatoeba-{pair}/train.txt.gz"],
         "valid": [f"tatoeba-{pair}/valid.txt"],
-        "source_column": "1",
-        "target_column": "2",
+        "source_column": "2",
+        "target_column": "1",
     }
     for pair in ("deu-eng", "cmn-eng")
 }

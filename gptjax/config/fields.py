@@ -228,7 +228,8 @@ class TaskConfig:
 
     source_column: str = "source"  # pairs: column of the given text
     target_column: str = "target"  # pairs: column of the text to be written
-    bleu_tokens: Literal["13a", "zh", "char", "intl", "none"] = "13a"  # as sacrebleu calls them
+    # as sacrebleu calls them; auto: by the script that the right texts are written in
+    bleu_tokens: Literal["auto", "13a", "zh", "char", "intl", "none"] = "auto"
 
     messages_column: str = "messages"  # dialogue: column of the list of messages
     role_key: str | None = "role"  # dialogue: key of who speaks; None: user and assistant in turn

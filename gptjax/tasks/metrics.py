@@ -2,6 +2,7 @@
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from gptjax.sources import needed
 from gptjax.tasks.tags import Entity, Scheme, entities, strict_entities
+from gptjax.tasks.task import spaceless
 
 # --- classes -----------------------------------------------------------------------------------
 
@@ -251,25 +253,41 @@ def best_threshold(
 
 
 def text_figures(
-    right: Sequence[Sequence[str]], said: Sequence[str], tokens: str = "13a"
+    right: Sequence[Sequence[str]], said: Sequence[str], tokens: str = "auto"
 ) -> dict[str, float]:
     """BLEU and chrF by sacrebleu, from 0 to 100, and the share of texts that are exactly right.
 
     Args:
       right: one text or several for each that was said.
-      tokens: how BLEU divides texts, as sacrebleu calls it.
+      tokens: how BLEU divides texts, as sacrebleu calls it; auto: as `bleu_tokens` says.
     """
     exact = [other.strip() in map(str.strip, one) for one, other in zip(right, said, strict=True)]
     figures = {"exact": _mean(np.array(exact, float))}
     if not said:
         return {"bleu": 0.0, "chrf": 0.0} | figures
     sacrebleu = needed("sacrebleu", "tasks", "task.kind pairs")
+    tokens = bleu_tokens(right) if tokens == "auto" else tokens
     most = max(map(len, right))
     # One list for the first text of each, one for the second; None where there is none.
     columns = [[one[i] if i < len(one) else None for one in right] for i in range(most)]
     bleu = sacrebleu.BLEU(tokenize=tokens).corpus_score([*said], columns)
     chrf = sacrebleu.CHRF().corpus_score([*said], columns)
     return {"bleu": bleu.score, "chrf": chrf.score} | figures
+
+
+def bleu_tokens(right: Sequence[Sequence[str]]) -> str:
+    """How BLEU divides texts, by the script they are mostly written in: "zh" for ideographs, "char"
+    for others without spaces, as kana and Thai are, and "13a", of the WMT, for all the rest.
+
+    >>> bleu_tokens([["Komm schnell!"]]), bleu_tokens([["快点。"]]), bleu_tokens([["はやく来て"]])
+    ('13a', 'zh', 'char')
+    """
+    letters = [char for one in right for text in one for char in text if char.isalpha()]
+    without = [char for char in letters if spaceless(char)]
+    if 2 * len(without) <= len(letters):
+        return "13a"
+    others = sum(not unicodedata.name(char, "").startswith("CJK") for char in without)
+    return "char" if 5 * others > len(without) else "zh"
 
 
 # --- intervals ---------------------------------------------------------------------------------
