@@ -98,13 +98,18 @@ def complete(
     *,
     end: int | None,
     tokenizer: Tokenizer | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """As `generate`, with all there is to know of each row."""
+    """As `generate`, with all there is to know of each row.
+
+    Args:
+      numbers: of the prompts, by which they draw, whichever batch they come in; None: 0, 1, 2, ...
+    """
     ends = _check(prompts, config, sampling, end, tokenizer)
     params = prepare(params, config)
     if sampling.beams > 1:
         return _complete_beams(params, prompts, config, sampling, ends, tokenizer)
-    work = _Work(params, prompts, config, sampling, key, ends)
+    work = _Work(params, prompts, config, sampling, key, ends, numbers)
     rows = [_Row(work.most[i], ends, sampling, tokenizer) for i in range(len(work.texts))]
     ahead = LOOK_EVERY if sampling.stop else max(work.most, default=0)
     for chosen in work.chunks(ahead):
@@ -374,7 +379,7 @@ class Progress(NamedTuple):
 class _Work:
     """Rows that are continued together: their texts here, the rest on the device."""
 
-    def __init__(self, params, prompts, config, sampling, key, ends):
+    def __init__(self, params, prompts, config, sampling, key, ends, numbers=None):
         self.params, self.config, self.sampling = params, config, sampling
         self.texts = [list(prompt) for prompt in prompts for _ in range(sampling.num_samples)]
         lengths = [len(text) for text in self.texts]
@@ -389,6 +394,7 @@ class _Work:
         for row, text in enumerate(self.texts):
             text_BS[row, longest - len(text) : longest] = text
         rows, samples = np.divmod(np.arange(len(lengths)), sampling.num_samples)
+        rows = rows if numbers is None else np.asarray(numbers)[rows]
         with on_mesh(params):
             self._progress = _begin(key, rows, samples, text_BS, longest, config, self.rules)
 

@@ -28,10 +28,12 @@ class Asking(NamedTuple):
     """How a task is asked."""
 
     shots: int = 0  # training examples that come before, or as many of them as fit
-    seed: int = 0  # of their draw
+    seed: int = 0  # of their draw, and of the tokens'
     batch_size: int = 16  # texts that are scored or written together
     max_tokens: int = 64  # of a text that is written
-    beams: int = 1  # of such a text; 1: always the likeliest token
+    beams: int = 1  # of such a text; above 1: the likeliest text that a search finds
+    temperature: float = 0.0  # of its tokens; 0: always the likeliest one
+    first: int = 0  # number of the first example, by which it draws
 
 
 class Answers(NamedTuple):
@@ -131,7 +133,7 @@ def _write(
 ) -> Answers:
     sampling = Sampling(
         max_tokens=how.max_tokens,
-        temperature=0.0,
+        temperature=how.temperature,
         beams=how.beams,
         stop=(BETWEEN,) if how.shots else (),
     )
@@ -157,6 +159,7 @@ def _write(
             jax.random.key(how.seed),
             end=model.tokenizer.end,
             tokenizer=model.tokenizer,
+            numbers=[how.first + i for i in here],
         )
         texts |= {i: one.text for i, one in zip(here, completions, strict=True)}
     said = [task.from_text(example, texts[i]) for i, example in enumerate(examples)]

@@ -341,6 +341,27 @@ def test_predict_goes_on_with_a_file_that_is_not_whole(tuned):
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
 
 
+def test_a_text_that_is_drawn_is_the_same_in_any_batch_and_after_a_kill(base, tmp_path):
+    given = tmp_path / "pairs.tsv"
+    given.write_text("source\ttarget\n" + "".join(f"{'one ' * (i % 5)}two\t\n" for i in range(12)))
+
+    def said(name, *options):
+        path = tmp_path / name
+        how = ["--task.kind", "pairs", "--max-tokens", 5, *options]
+        run("predict", base, given, "--out", path, *how)
+        return path.read_text().splitlines(keepends=True)
+
+    drawn = said("whole", "--temperature", 1)
+    (tmp_path / "parts").write_text("".join(drawn[:7]))
+    assert said("parts", "--temperature", 1, "--batch-size", 3) == drawn
+    assert len({json.loads(line)["text"] for line in drawn[3::5]}) > 1  # one prompt, its own draws
+    assert said("other", "--temperature", 1, "--seed", 1) != drawn
+    searched = said("searched", "--beams", 3)
+    assert len(searched) == 12 and searched != drawn
+    with pytest.raises(ConfigError, match="beams want temperature 0"):
+        said("both", "--beams", 3, "--temperature", 1)
+
+
 def test_predict_reads_a_file_as_it_is_told(tuned, tmp_path):
     lines = (tuned / "valid.tsv").read_text().splitlines()[1:9]
     rows = [f'{i},"{line.partition(chr(9))[0]}"' for i, line in enumerate(lines)]

@@ -13,6 +13,7 @@ from gptjax.config import (
     Config,
     ConfigError,
     Count,
+    Finite,
     MeshConfig,
     TaskConfig,
     TuneConfig,
@@ -33,11 +34,12 @@ class Evaluate:
 
     split: Literal["valid", "test", "train"] = "valid"  # whose files are read
     shots: Whole = 0  # of a task asked in words: examples of task.train that come before
-    seed: Whole = 0  # of their draw
+    seed: Whole = 0  # of their draw, and of the tokens' with a temperature
     limit: Count | None = None  # read so many examples, the first; None: all
     batch_size: Count = 16  # rows, or texts, at a time
     max_tokens: Count = 64  # of a text that is written
-    beams: Count = 1  # of a text that is written; 1: always the likeliest token
+    beams: Count = 1  # above 1: the likeliest text that is found is written
+    temperature: Finite = 0.0  # of a text that is written; 0: always the likeliest token
     step: Whole | None = None  # of the checkpoint; None: the best of a task's run, or the newest
     out: str | None = None  # file of what was said of each example, as lines of JSON
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -88,6 +90,9 @@ def predict_file(
     step: int | None,
     batch_size: int,
     max_tokens: int,
+    beams: int,
+    temperature: float,
+    seed: int,
 ) -> None:
     """Write what the run says of each example of a file, a chunk at a time; what is written already
     is not said again.
@@ -103,10 +108,10 @@ def predict_file(
     examples = iter(task.read((path,), problems, labelled=False))
     with _alone(Path(out)):
         before = done = _pass_over(examples, Path(out), path)
-        how = Asking(batch_size=batch_size, max_tokens=max_tokens)
+        how = Asking(0, seed, batch_size, max_tokens, beams, temperature)
         said = _Speaker(run_dir, config, task, step, how, ())
         while chunk := list(itertools.islice(examples, CHUNK)):
-            predictions = said.of(chunk, problems)
+            predictions = said.of(chunk, problems, done)
             problems.refuse()
             _write_lines(Path(out), chunk, predictions, "a")
             done += len(chunk)
@@ -183,13 +188,16 @@ class _Speaker:
         self.label_step = jit_label_step(config, self.mesh) if self.by_head else None
         self.about = ""
 
-    def of(self, examples: list[Any], problems: "Problems") -> "list[Prediction | None]":
-        """What is said of each; None of one that is too long."""
+    def of(
+        self, examples: list[Any], problems: "Problems", first: int = 0
+    ) -> "list[Prediction | None]":
+        """What is said of each; None of one that is too long. `first` is the first one's number."""
         from gptjax.labelled import make_split, predict
         from gptjax.prompting import ask
 
         if not self.by_head:
-            answers = ask(self.model, self.task, examples, self.training, self.how)
+            how = self.how._replace(first=first)
+            answers = ask(self.model, self.task, examples, self.training, how)
             self.about = f", after {answers.shots:.4g} examples" if self.how.shots else ""
             return answers.predictions
         split = make_split(
@@ -202,7 +210,14 @@ class _Speaker:
 def _asking(given: Evaluate) -> "Asking":
     from gptjax.prompting import Asking
 
-    return Asking(given.shots, given.seed, given.batch_size, given.max_tokens, given.beams)
+    return Asking(
+        given.shots,
+        given.seed,
+        given.batch_size,
+        given.max_tokens,
+        given.beams,
+        given.temperature,
+    )
 
 
 def _task_of(config: Config, shots: int) -> "tuple[Task, list[Any]]":
