@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 def read_outcome(run_dir: Path, config: Config) -> Outcome | None:
     """What there is of a run; None if it is of no task, or has said nothing yet."""
     said = {
-        name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        name: [json.loads(line) for line in path.open(encoding="utf-8")]
         for name in ("valid", "test")
         if (path := run_dir / "said" / f"{name}.jsonl").is_file()
     }
@@ -66,6 +66,8 @@ def is_wrong(line: dict[str, Any]) -> bool:
     right, answer = line["right"], answered(line)
     if "passage" in line:  # of several right answers one is enough, or none where there is none
         return answer not in (right or [""])
+    if "labels" in line:  # any number, in no order
+        return {*answer} != {*right}
     return answer != right
 
 

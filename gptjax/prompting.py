@@ -9,10 +9,11 @@ import numpy as np
 from gptjax.config import ConfigError, GPTConfig
 from gptjax.decoding import complete, score
 from gptjax.model import Params
+from gptjax.prefill import reach
 from gptjax.sampling import Sampling
-from gptjax.tasks import Prediction, Task
+from gptjax.tasks import Prediction, Problems, Task
 from gptjax.tasks.prompts import BETWEEN, choice_scores, shots_of, with_shots
-from gptjax.tasks.task import going_on
+from gptjax.tasks.task import going_on, tell_too_long
 from gptjax.tokenizer import Tokenizer
 
 
@@ -39,25 +40,41 @@ class Asking(NamedTuple):
 class Answers(NamedTuple):
     """What a model says of examples."""
 
-    predictions: list[Prediction]
+    predictions: list[Prediction | None]  # None of one that is too long
     shots: float  # that came before, on average: fewer than asked for where they did not fit
 
 
 def ask(
-    model: Model, task: Task, examples: Sequence[Any], training: Sequence[Any], how: Asking
+    model: Model,
+    task: Task,
+    examples: Sequence[Any],
+    training: Sequence[Any],
+    how: Asking,
+    problems: Problems,
 ) -> Answers:
-    """What a language model says of every example.
+    """What a language model says of every example that its context holds.
 
     Args:
       training: examples that shots are drawn from.
+      problems: told of examples that are too long. Of a dialogue the first messages are given up.
     Raises:
-      ConfigError: if there are no examples for shots, or a prompt alone is too long.
+      ConfigError: if there are no examples for shots.
+      DataError: if one is too long that is not to be left out.
     """
     if how.shots and not training:
         raise ConfigError(f"--shots {how.shots}: there are no training examples: give --task.train")
     if examples and task.requests(examples[0]):
-        return _choose(model, task, examples, training, how)
-    return _write(model, task, examples, training, how)
+        return _choose(model, task, examples, training, how, problems)
+    return _write(model, task, examples, training, how, problems)
+
+
+def _holds(model: Model, task: Task, example: Any, length: int, problems: Problems) -> bool:
+    """Whether so many ids are read without giving up the first; if not, that is told."""
+    size = model.config.context_size
+    if length <= size or reach(model.config) is not None:
+        return True
+    tell_too_long(task.config, example.where, length, size, problems)
+    return False
 
 
 def _shown(
@@ -76,7 +93,12 @@ def _ids(model: Model, text: str) -> np.ndarray:
 
 
 def _choose(
-    model: Model, task: Task, examples: Sequence, training: Sequence, how: Asking
+    model: Model,
+    task: Task,
+    examples: Sequence,
+    training: Sequence,
+    how: Asking,
+    problems: Problems,
 ) -> Answers:
     asked: list[tuple[np.ndarray, np.ndarray]] = []
     bare: list[tuple[np.ndarray, np.ndarray]] = []
@@ -85,19 +107,33 @@ def _choose(
         each = task.requests(example)
         targets = [going_on(one.target, model.tokenizer) for one in each]
         room, prompts = max(map(len, targets)) + 1, {}
-        for one, ids in zip(each, targets, strict=True):
+        for one in each:
             if one.prompt not in prompts:
                 prompts[one.prompt] = _shown(model, task, number, one.prompt, room, training, how)
-            asked.append((_ids(model, prompts[one.prompt][0]), ids))
-            bare.append((_ids(model, one.bare), ids))
+        texts = [
+            (_ids(model, prompts[one.prompt][0]), ids)
+            for one, ids in zip(each, targets, strict=True)
+        ]
+        # The last id of a continuation is not read.
+        longest = max(len(before) + len(ids) - 1 for before, ids in texts)
+        if not _holds(model, task, example, longest, problems):
+            counts.append(0)
+            continue
+        asked += texts
+        bare += [(_ids(model, one.bare), ids) for one, ids in zip(each, targets, strict=True)]
         shown += prompts[each[0].prompt][1]
         counts.append(len(each))
         requests += each
+    problems.refuse()
     rule = task.config.score
     nats = _nats(model, asked, how.batch_size)
     bare_nats = _nats(model, bare, how.batch_size) if rule == "unconditional" else None
-    predictions, start = [], 0
+    predictions: list[Prediction | None] = []
+    start = 0
     for example, count in zip(examples, counts, strict=True):
+        if not count:
+            predictions.append(None)
+            continue
         here = slice(start, start + count)
         scores = choice_scores(
             rule,
@@ -108,7 +144,7 @@ def _choose(
         )
         predictions.append(task.from_scores(example, scores))
         start += count
-    return Answers(predictions, shown / len(examples))
+    return Answers(predictions, shown / max(len(counts) - counts.count(0), 1))
 
 
 def _nats(
@@ -129,7 +165,12 @@ def _nats(
 
 
 def _write(
-    model: Model, task: Task, examples: Sequence, training: Sequence, how: Asking
+    model: Model,
+    task: Task,
+    examples: Sequence,
+    training: Sequence,
+    how: Asking,
+    problems: Problems,
 ) -> Answers:
     sampling = Sampling(
         max_tokens=how.max_tokens,
@@ -137,18 +178,23 @@ def _write(
         beams=how.beams,
         stop=(BETWEEN,) if how.shots else (),
     )
-    prompts, shown = [], 0
+    prompts: dict[int, np.ndarray] = {}
+    shown = 0
     for number, example in enumerate(examples):
         if task.name == "dialogue":
-            prompts.append(task.prompt_ids(task.before(example), model.tokenizer))
-            continue
-        text, count = _shown(
-            model, task, number, task.prompt(example), how.max_tokens, training, how
-        )
-        prompts.append(_ids(model, text))
-        shown += count
+            most = max(model.config.context_size - how.max_tokens, 1)
+            ids, count = task.fitting_ids(task.before(example), model.tokenizer, most), 0
+        else:
+            prompt = task.prompt(example)
+            text, count = _shown(model, task, number, prompt, how.max_tokens, training, how)
+            ids = _ids(model, text)
+        ahead = how.max_tokens if how.beams > 1 else 0  # beams do not go beyond the context
+        if _holds(model, task, example, len(ids) + ahead, problems):
+            prompts[number] = ids
+            shown += count
+    problems.refuse()
     texts: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(prompts, key=lambda i: len(prompts[i]))
     for start in range(0, len(order), how.batch_size):
         here = order[start : start + how.batch_size]
         completions = complete(
@@ -162,5 +208,8 @@ def _write(
             numbers=[how.first + i for i in here],
         )
         texts |= {i: one.text for i, one in zip(here, completions, strict=True)}
-    said = [task.from_text(example, texts[i]) for i, example in enumerate(examples)]
-    return Answers(said, shown / max(len(examples), 1))
+    said = [
+        task.from_text(example, texts[i]) if i in texts else None
+        for i, example in enumerate(examples)
+    ]
+    return Answers(said, shown / max(len(prompts), 1))

@@ -13,7 +13,6 @@ from launch import in_processes
 from gptjax.best import NO_BEST, best_of
 from gptjax.checkpoint import Checkpoints
 from gptjax.cli import run_verb
-from gptjax.cli.chatting import fitting_ids
 from gptjax.config import (
     Config,
     ConfigError,
@@ -27,6 +26,7 @@ from gptjax.config import (
 from gptjax.metrics import read_metrics
 from gptjax.outcome import is_wrong, over_seeds
 from gptjax.rundir import BusyError, CheckpointError, read_run
+from gptjax.sources import DataError
 from gptjax.tasks import make_task
 from gptjax.tasks.dialogue import Message
 from gptjax.tokenizer import ByteTokenizer
@@ -50,7 +50,8 @@ def write_classes(folder, count=64):
         for _ in range(count):
             label = rng.choice(["warm", "cold"])
             words = ["red", "fire"] if label == "warm" else ["blue", "ice"]
-            lines.append(" ".join(rng.choice(words) for _ in range(3)) + f"\t{label}")
+            between = " " if len(lines) > 1 else "\u2028"  # which ends no line of a file
+            lines.append(between.join(rng.choice(words) for _ in range(3)) + f"\t{label}")
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return {name: (str(folder / f"{name}.tsv"),) for name in ("train", "valid")}
 
@@ -300,10 +301,10 @@ def test_two_processes_learn_a_task_as_one_does(kind, tmp_path, capsys):
 def test_a_long_dialogue_gives_up_its_first_messages_but_not_the_scene():
     task, tokenizer = make_task(TaskConfig(kind="dialogue")), ByteTokenizer()
     messages = [Message("system", "be kind"), *[Message("user", f"{i}") for i in range(9)]]
-    ids = fitting_ids(task, messages, tokenizer, 60)
+    ids = task.fitting_ids(messages, tokenizer, 60)
     text = tokenizer.decode(ids.tolist())
     assert len(ids) <= 60 and "be kind" in text and "8" in text and "0" not in text
-    assert len(fitting_ids(task, messages[1:2], tokenizer, 1)) > 1  # the last one stays
+    assert len(task.fitting_ids(messages[1:2], tokenizer, 1)) > 1  # the last one stays
 
 
 def run(*arguments) -> None:
@@ -405,6 +406,33 @@ def test_a_language_model_is_asked_in_words(base, tuned, capsys):
     assert len(said) == 64 and {*said} <= {"cold", "warm"}
 
 
+def test_what_the_context_does_not_hold_is_not_asked_about(base, tmp_path, capsys):
+    given, out = tmp_path / "given.tsv", tmp_path / "out.jsonl"
+    long = "long " * 20
+    given.write_text(f"text\tlabel\nred\twarm\n{long}\tcold\nblue\tcold\n")
+    asked = ["evaluate", base, "--task.kind", "classify", "--task.valid", given]
+    with pytest.raises(DataError, match=r"given\.tsv:3: 1\d\d tokens, but a row holds 48"):
+        run(*asked)
+    run(*asked, "--task.too-long", "skip")
+    said = capsys.readouterr().out
+    assert "2 examples of task.valid" in said and "too long: 1 left out" in said
+    given.write_text(f"source\ttarget\nred\twarm\n{long}\tcold\nblue\tcold\n")
+    how = ["--task.kind", "pairs", "--task.too-long", "skip", "--max-tokens", 4]
+    run("predict", base, given, "--out", out, *how)
+    assert "too long: 1 left out" in capsys.readouterr().out
+    texts, lost = [], []
+    for number, line in enumerate(map(json.loads, out.open())):
+        (lost if line.get("too_long") else texts).append(number)
+    assert (texts, lost) == ([0, 2], [1])
+    # Of a dialogue the first messages are given up, as in training and in chat.
+    messages = [{"role": "user", "content": "long"}, {"role": "assistant", "content": "so"}] * 8
+    given = tmp_path / "given.jsonl"
+    given.write_text(json.dumps({"messages": messages}) + "\n")
+    how = ["--task.kind", "dialogue", "--max-tokens", 4]
+    run("predict", base, given, "--out", tmp_path / "said.jsonl", *how)
+    assert "text" in json.loads((tmp_path / "said.jsonl").read_text())
+
+
 def test_a_report_has_the_figures_the_labels_taken_for_others_and_the_errors(tuned, capsys):
     run("report", tuned / "run")
     assert "report.md" in capsys.readouterr().out
@@ -426,6 +454,7 @@ def test_a_report_has_the_figures_the_labels_taken_for_others_and_the_errors(tun
 def test_what_is_wrong_of_each_kind():
     assert is_wrong({"right": ["a"], "label": "b"}) and not is_wrong({"right": ["a"], "label": "a"})
     assert is_wrong({"right": ["a", "b"], "labels": ["a"]})
+    assert not is_wrong({"right": ["a", "b"], "labels": ["b", "a"]})  # they have no order
     assert not is_wrong({"right": ["O"], "tags": ["O"]})
     answer = {"passage": "x", "text": "x"}
     assert is_wrong(answer | {"right": ["y"]}) and not is_wrong(answer | {"right": ["y", "x"]})

@@ -81,6 +81,111 @@ def test_whether_the_first_line_is_a_header(tmp_path):
         assert not examples and counts(problems) == {"no such column, left out": 2}
 
 
+def test_columns_by_number_and_by_name(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("id,text,label\n1,good,pos\n2,bad,neg\n3,fine,pos\n4,poor,neg\n")
+    config = TaskConfig(kind="classify", text_column="2", label_column="3")
+    examples, problems, _ = read(config, path, policy="error")
+    assert len(examples) == 5 and named(problems) == ["x.csv:1"]
+    assert counts(problems) == {"perhaps names of columns, kept": 1}
+    assert "give --task.header yes" in "\n".join(problems.lines())
+    # A name among the numbers is one of the first line's.
+    config = TaskConfig(kind="classify", text_column="text", label_column="3")
+    examples, problems, _ = read(config, path, policy="error")
+    assert [one.labels[0] for one in examples] == ["pos", "neg"] * 2 and not problems.counts
+    with pytest.raises(DataError, match=r"'text', or --task\.header yes"):
+        read(TaskConfig(kind="classify", label_column="-1"), path, policy="error")
+
+
+NO_LABELS = [
+    ("null", "column 'label' is null", "no labels are"),
+    ("NaN", "column 'label' is NaN", "column 'label' is NaN"),
+    ('{"x": 1}', "column 'label' is an object", "column 'label' is an object"),
+    ('["a", null]', "give --task.several", "column 'label' is null"),
+]
+
+
+@pytest.mark.parametrize(("label", "alone", "several"), NO_LABELS)
+def test_what_is_no_label(label, alone, several, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"text": "x", "label": {label}}}\n')
+    for config, why in [
+        (TaskConfig(kind="classify"), alone),
+        (TaskConfig(kind="classify", several=True), several),
+    ]:
+        with pytest.raises(DataError, match=why):
+            read(config, path, policy="error")
+
+
+def test_labels_need_not_be_strings(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(f'{{"text": "x", "label": {one}}}\n' for one in ("0", "false", "1.5")))
+    for several in (False, True):
+        examples, _, _ = read(TaskConfig(kind="classify", several=several), path, policy="error")
+        assert [one.labels for one in examples] == [("0",), ("false",), ("1.5",)]
+    path.write_text('{"text": NaN, "label": "a"}\n')
+    with pytest.raises(DataError, match="column 'text' is NaN, not a string"):
+        read(TaskConfig(kind="classify"), path, policy="error")
+
+
+def test_data_sets_of_hugging_face(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the package datasets")
+    names = datasets.ClassLabel(names=["O", "B-PER"])
+    columns = {"words": [["Ann", "met"], ["Lee"]], "tags": [[1, 0], [1]], "text": ["x", "y"]}
+    features = {
+        "words": datasets.Sequence(datasets.Value("string")),
+        "tags": datasets.Sequence(names),
+        "text": datasets.Value("string"),
+        "label": names,
+    }
+    given = columns | {"label": [1, 0]}
+    datasets.Dataset.from_dict(given, datasets.Features(features)).save_to_disk(tmp_path / "hf")
+    examples, problems, _ = read(TaskConfig(kind="entities"), tmp_path / "hf", policy="error")
+    assert [one.tags for one in examples] == [("B-PER", "O"), ("B-PER",)] and problems.read == 2
+    examples, _, _ = read(TaskConfig(kind="classify"), tmp_path / "hf", policy="error")
+    assert [one.labels for one in examples] == [("B-PER",), ("O",)]
+    assert examples[0].where.endswith("hf: row 1")
+
+
+def test_data_sets_of_tfds(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="needs gptjax[tfds]")
+    pytest.importorskip("array_record", reason="needs gptjax[tfds]")
+    tags = tfds.features.Sequence(tfds.features.ClassLabel(names=["O", "B-PER"]))
+    columns = {
+        "text": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=["cold", "warm"]),
+        "words": tfds.features.Sequence(tfds.features.Text()),
+        "tags": tags,
+    }
+
+    class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(columns)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"text": "Öl", "label": 1, "words": ["Ann", "ß"], "tags": [1, 0]}
+
+    Small(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    (example,), _, _ = read(TaskConfig(kind="classify"), "tfds:small@test", policy="error")
+    assert (example.text, example.labels) == ("Öl", ("warm",))
+    (example,), _, _ = read(TaskConfig(kind="entities"), "tfds:small@test", policy="error")
+    assert (example.words, example.tags) == (("Ann", "ß"), ("B-PER", "O"))
+
+
+def test_records_are_not_read_of_a_function(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("def texts():\n    yield 'x'\n")
+    with pytest.raises(DataError, match="not read of a function: give a file of JSONL"):
+        read(TaskConfig(kind="classify"), f"{path}:texts", policy="error")
+
+
 def test_parquet_has_them_too(tmp_path):
     arrow = pytest.importorskip("pyarrow", reason="the package pyarrow")
     from pyarrow import parquet
@@ -207,10 +312,10 @@ def test_columns_comments_and_markers(tmp_path):
     tabs, spaces = tmp_path / "tabs.conll", tmp_path / "spaces.txt"
     tabs.write_text("# id = 1\n#\tO\n#tag\tO\n\t\nRome\tB-LOC\n\n\n")
     spaces.write_text(
-        "-DOCSTART- -X- O O\n\n# sent = 2\nEU NNP B-NP B-ORG\n# # O O\n3-4 - - O\n\nEnd . O O"
+        "-DOCSTART- -X- O O\n\n# sent = 2\nEU NNP B-NP B-ORG\n# # O O\n3-4 CD - O\n\nEnd . O O"
     )
     examples, problems, _ = read(TaskConfig(kind="entities"), tabs, spaces, policy="error")
-    words = [("#", "#tag"), ("Rome",), ("EU", "#"), ("End",)]
+    words = [("#", "#tag"), ("Rome",), ("EU", "#", "3-4"), ("End",)]
     assert [one.words for one in examples] == words and problems.read == 4
     assert [one.where.rpartition("/")[2] for one in examples] == [
         "tabs.conll:2",
@@ -218,6 +323,71 @@ def test_columns_comments_and_markers(tmp_path):
         "spaces.txt:4",
         "spaces.txt:8",
     ]
+
+
+def test_a_range_of_words_is_none_only_where_a_column_numbers_them(tmp_path):
+    path = tmp_path / "x.conllu"
+    path.write_text("1-2\tzum\tO\n1\tzu\tO\n1.1\t-\tO\n2\t7.5\tO\n")
+    for column, words in [("2", ("zu", "7.5")), ("1", ("1-2", "1", "1.1", "2"))]:
+        config = TaskConfig(kind="entities", text_column=column)
+        (example,), _, _ = read(config, path, policy="error")
+        assert example.words == words
+
+
+def test_what_begins_with_a_hash_is_a_comment_or_a_word(tmp_path):
+    path, config = tmp_path / "x.txt", TaskConfig(kind="entities")
+    for text, words in [
+        ("# id 2b\tdomain=train\nann _ _ B-PER\n\n# id 3\tdomain=a\nb _ _ O\n", [("ann",), ("b",)]),
+        ("#\thttp://x [2009]\n1\tAnn\tO\tO\n", [("1",)]),
+        ("#London B-LOC\nrocks O\n", [("#London", "rocks")]),
+        ("# O\n# O\n", [("#", "#")]),
+    ]:
+        path.write_text(text)
+        assert [one.words for one in read(config, path, policy="error")[0]] == words, text
+
+
+def test_a_line_with_other_columns_spoils_its_sentence(tmp_path):
+    path, config = tmp_path / "x.txt", TaskConfig(kind="entities")
+    path.write_text("a O\nNew York B-LOC\n\u00a0 O\n\nb O\n10\u00a0000 O\n\nc O\n\u3000 O\n")
+    examples, problems, _ = read(config, path)
+    assert [one.words for one in examples] == [("b", "10\u00a0000")] and problems.read == 3
+    assert counts(problems) == {
+        "wrong number of columns, left out": 1,
+        "empty text, left out": 1,  # a blank that is a word
+    }
+    assert named(problems) == ["x.txt:2", "x.txt:8"]
+
+
+def test_words_and_tags_in_a_file_named_as_a_table(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("Aspirin\tB-Drug\nhelps\tO\n\nBob\tO\n")
+    examples, _, _ = read(TaskConfig(kind="entities"), path, policy="error")
+    assert [one.words for one in examples] == [("Aspirin", "helps"), ("Bob",)]
+    table = TaskConfig(kind="entities", header="yes")
+    with pytest.raises(DataError, match="2 of 2 records"):
+        read(table, path, policy="error")
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ('["a", "B"]', "give lines of a word and its tag"),
+        ('{"words": null, "tags": ["O"]}', "column 'words' is null, not a list"),
+        ('{"words": "in Rome", "tags": ["O"]}', "column 'words' is a string, not a list"),
+        ('{"words": ["a"], "tags": null}', "column 'tags' is null, not a list"),
+        ('{"words": ["a"], "tags": [true]}', "true is a tag, and no string"),
+        ('{"words": ["a"], "tags": [7]}', "--task.labels O B-PER I-PER"),
+    ],
+)
+def test_lists_of_words_that_are_none(record, why, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(record + "\n")
+    config = TaskConfig(kind="entities", file_format="jsonl", labels=("O", "B-PER", "I-PER"))
+    with pytest.raises(DataError, match=why):
+        read(config, path, policy="error")
+    path.write_text('{"words": ["Ann", "Lee"], "tags": [1, 2]}\n')
+    (example,), _, _ = read(config, path, policy="error")
+    assert example.tags == ("B-PER", "I-PER")
 
 
 def test_broken_tags_are_refused_left_out_or_repaired(tmp_path):
@@ -329,6 +499,61 @@ def test_questions_in_lines(tmp_path):
 
 
 # --- pairs, dialogue, choices ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ({"text": ["Ann"]}, "1 texts, and 'answer_start' is null"),
+        ({"text": ["Ann", "met"], "answer_start": [0]}, "2 texts, and 'answer_start' is 1 numbers"),
+        ({"text": None, "answer_start": [0]}, "the text of an answer is null"),
+        ({"text": "Ann", "answer_start": [0]}, "'answer_start' is a list"),
+        ("Ann", "'answers' is a string, not a list"),
+    ],
+)
+def test_answers_that_are_none(answers, why, tmp_path):
+    path = tmp_path / "x.json"
+    record = {"context": "Ann met Lee.", "question": "who?", "answers": answers}
+    path.write_text(json.dumps([record]))
+    with pytest.raises(DataError, match=why):
+        read(TaskConfig(kind="questions", answers="squad2"), path, policy="error")
+    path.write_text(json.dumps([record | {"answers": {"text": "Lee", "answer_start": 8}}]))
+    (example,), problems, _ = read(TaskConfig(kind="questions"), path, policy="error")
+    assert example.answers == ("Lee",) and problems.read == 1
+
+
+def test_the_given_text_is_that_of_its_column(tmp_path):
+    path = tmp_path / "x.jsonl"
+    records = [
+        {"ask": "say", "input": "dog", "out": "Hund", "source": "alpaca", "year": 2020},
+        {"ask": "say", "input": None, "out": "Katze", "source": "alpaca", "year": 2021},
+        {"ask": "say", "out": "Maus", "year": 2022},
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    columns = {"source_column": "ask", "target_column": "out"}
+    examples, _, task = read(TaskConfig(kind="pairs", **columns), path, policy="error")
+    assert [task.prompt(one) for one in examples] == ["say\n"] * 3
+    config = TaskConfig(kind="pairs", **columns, template="{source} {input} {year}:")
+    examples, problems, task = read(config, path)
+    assert [task.prompt(one) for one in examples] == ["say dog 2020:", "say  2021:"]
+    assert counts(problems) == {"no such column, left out": 1}
+    # What is right for one prompt is not for another with the same source.
+    pytest.importorskip("sacrebleu", reason="the package sacrebleu")
+    said = [{"text": "Katze"}, {"text": "Hund"}]
+    assert task.metrics(examples, said)["exact"] == 0
+    assert task.metrics(examples, said[::-1])["exact"] == 1
+
+
+def test_a_reply_is_to_the_last_message_if_that_is_a_users(tmp_path):
+    path = tmp_path / "x.jsonl"
+    roles = ("user", "assistant", "user")
+    said = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
+    path.write_text(json.dumps({"messages": said}) + "\n")
+    task, problems = make_task(TaskConfig(kind="dialogue")), Problems("error", "task.valid")
+    (example,) = task.read([str(path)], problems)
+    assert len(task.before(example)) == 1 and task.target(example) == "1"
+    (example,) = task.read([str(path)], problems, labelled=False)
+    assert len(task.before(example)) == 3 and task.target(example) == ""
 
 
 def test_parallel_files(tmp_path):

@@ -10,10 +10,7 @@ from gptjax.cli.runs import load_model
 from gptjax.config import ConfigError, Count, NotNegative, Probability, Whole
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from gptjax.tasks.dialogue import Dialogues, Message
-    from gptjax.tokenizer import Tokenizer
+    pass
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ def chat(run_dir: str, given: Chat) -> None:
     messages = [Message("system", given.system)] if given.system else []
     for number, line in enumerate(_lines()):
         messages.append(Message("user", line))
-        ids = fitting_ids(task, messages, tokenizer, model.context_size - sampling.max_tokens)
+        most = model.context_size - sampling.max_tokens
+        ids = task.fitting_ids(messages, tokenizer, most)
         key, reply = jax.random.fold_in(jax.random.key(given.seed), number), ""
         for text in stream_text(
             params, ids.tolist(), model, sampling, key, end=tokenizer.end, tokenizer=tokenizer
@@ -67,21 +65,6 @@ def chat(run_dir: str, given: Chat) -> None:
             reply += text
         print(flush=True)
         messages.append(Message("assistant", reply))
-
-
-def fitting_ids(
-    task: "Dialogues", messages: "list[Message]", tokenizer: "Tokenizer", most: int
-) -> "np.ndarray":
-    """The ids after which the assistant replies, of as many of the last messages as fit; those of
-    the system stay.
-    """
-    first = sum(one.role == "system" for one in messages)
-    scene, said = messages[:first], messages[first:]
-    while True:
-        ids = task.prompt_ids([*scene, *said], tokenizer)
-        if len(ids) <= most or len(said) < 2:
-            return ids
-        said = said[1:]
 
 
 def _lines() -> Iterator[str]:

@@ -197,7 +197,7 @@ class _Speaker:
 
         if not self.by_head:
             how = self.how._replace(first=first)
-            answers = ask(self.model, self.task, examples, self.training, how)
+            answers = ask(self.model, self.task, examples, self.training, how, problems)
             self.about = f", after {answers.shots:.4g} examples" if self.how.shots else ""
             return answers.predictions
         split = make_split(

@@ -129,7 +129,7 @@ def _sampling(given: Generate) -> "Sampling":
 def _lines(path: str) -> Iterator[str]:
     """The lines of a file, or of standard input; empty ones are none."""
     try:
-        lines = sys.stdin.readlines() if path == "-" else Path(path).read_text().splitlines()
+        lines = sys.stdin.readlines() if path == "-" else Path(path).read_text().split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompt-file {path}: not UTF-8, {error}; give text") from error
     return filter(None, (line.rstrip("\r\n") for line in lines))

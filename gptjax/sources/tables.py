@@ -84,6 +84,46 @@ def read_tfds(
     yield from records_of(_said_of(where, values), where, cursor, on_bad, SKIP)
 
 
+def rows_of_hf(where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a Hugging Face data set; of a label that has a name, the name."""
+    datasets = needed("datasets", "hf", where)
+    with reaching(where):
+        data = datasets.load_from_disk(where)
+    for row in _said_of(where, iter(data)):
+        yield {name: _named(value, data.features[name]) for name, value in row.items()}
+
+
+def rows_of_tfds(where: str, folder: str | None) -> Iterator[dict[str, Any]]:
+    """The same of a TFDS data set; text is decoded."""
+    builder, split = tfds_builder(where, folder)
+    with reaching(where):
+        data = builder.as_data_source(split=split)
+    features = builder.info.features
+    for row in _said_of(where, (data[i] for i in range(len(data)))):
+        yield {name: _named(_plain(value), features[name]) for name, value in row.items()}
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """A value in which the numbers of labels are their names."""
+    inner = feature.feature if hasattr(feature, "feature") else feature
+    if not hasattr(inner, "int2str"):
+        return value
+    if isinstance(value, list):
+        return [_named(one, inner) for one in value]
+    return None if value is None or value < 0 else inner.int2str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value of NumPy, or several, as JSON has them; bytes that are no text cannot be encoded."""
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
 def tfds_builder(where: str, folder: str | None) -> tuple[Any, str]:
     """The builder of a TFDS data set, and the split."""
     for module in ("importlib_resources", "array_record"):  # TFDS needs them without saying so

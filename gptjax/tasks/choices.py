@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax.config import TaskConfig
 from gptjax.tasks.metrics import class_figures
-from gptjax.tasks.pairs import encode_request, named_texts
+from gptjax.tasks.pairs import check_template, encode_request, named_texts
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled, last_line
 from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound, text_in
@@ -75,8 +75,9 @@ class Choices:
             if labelled:
                 raise
             gold = None
-        columns = tuple(named_texts(value).items())
-        return Choice(where, contexts, continuations, gold, columns)
+        columns = named_texts(value)
+        check_template(self._template, columns | {"text": contexts[0]})
+        return Choice(where, contexts, continuations, gold, tuple(columns.items()))
 
     def _texts(self, values: list, column: str) -> tuple[str, ...]:
         for value in values:
@@ -106,7 +107,11 @@ class Choices:
 
     def _prompt(self, example: Choice, number: int) -> str:
         columns = dict(example.columns) | {"text": example.contexts[number]}
-        return filled(self.config.template or "{text}", columns)
+        return filled(self._template, columns)
+
+    @property
+    def _template(self) -> str:
+        return self.config.template or "{text}"
 
     def prompt(self, example: Choice) -> str:
         right = (example.gold or 0) if len(example.contexts) > 1 else 0
@@ -116,7 +121,7 @@ class Choices:
         return self.requests(example)[example.gold or 0].target
 
     def requests(self, example: Choice) -> list[Request]:
-        several, bare = len(example.contexts) > 1, last_line(self.config.template or "{text}")
+        several, bare = len(example.contexts) > 1, last_line(self._template)
         requests = []
         for number in range(max(len(example.contexts), len(example.continuations))):
             prompt = self._prompt(example, number if several else 0)

@@ -14,7 +14,15 @@ from gptjax.data import WORD_BITS
 from gptjax.tasks.metrics import class_figures, label_set_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled, last_line
-from gptjax.tasks.records import Flaw, Record, cell, read_examples, text_in
+from gptjax.tasks.records import (
+    Flaw,
+    Record,
+    by_number,
+    cell,
+    kind_of_value,
+    read_examples,
+    text_in,
+)
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
@@ -57,14 +65,30 @@ class Classification:
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Classified]:
         make = functools.partial(self._example, labelled=labelled)
-        return read_examples(self.config, paths, problems, make)
+        examples = read_examples(self.config, paths, problems, make)
+        if not labelled or self.config.header != "auto" or not by_number(self.config):
+            return examples
+        return self._without_a_header(examples, problems)
+
+    def _without_a_header(
+        self, examples: Iterable[Classified], problems: Problems
+    ) -> Iterator[Classified]:
+        """The same examples. That the first may be the names of columns is told, for it is kept."""
+        first, seen = None, set()
+        for one in examples:
+            seen |= {*one.labels} if first else set()
+            first = first or one
+            yield one
+        if seen and first.labels and not seen & {*first.labels}:
+            why = f"no other has its label {first.labels[0]!r}; give --task.header yes if so"
+            problems.note("perhaps names of columns", first.where, why, "kept")
 
     def _example(self, record: Record, labelled: bool) -> Classified:
         config, value = self.config, record.value
         text = text_in(value, config.text_column or "text")
         second = text_in(value, config.second_column) if config.second_column else None
         try:
-            labels = self._labels(cell(value, config.label_column or "label"))
+            labels = self._labels(cell(value, self._label_column))
         except Flaw:
             if labelled:
                 raise
@@ -73,21 +97,33 @@ class Classification:
 
     def _labels(self, value: Any) -> tuple[str, ...]:
         if self.several:
-            found = (
-                value
-                if isinstance(value, list)
-                else str(value or "").split(self.config.label_separator)
-            )
-            names = tuple(dict.fromkeys(filter(None, (spelled(one) for one in found))))
+            found = value
+            if not isinstance(value, list):
+                found = self._spelled(value).split(self.config.label_separator)
+            names = tuple(dict.fromkeys(filter(None, (self._spelled(one) for one in found))))
         else:
-            names = (spelled(value),)
+            names = (self._spelled(value),)
             if not names[0]:
-                raise Flaw("no label", f"column {self.config.label_column or 'label'!r} is empty")
+                raise Flaw("no label", f"column {self._label_column!r} is empty")
         for name in names:
             if self.labels and name not in self.labels:
                 hint = did_you_mean(name, self.labels)
                 raise Flaw("unknown label", f"no label {name!r} was in training.{hint}")
         return names
+
+    @property
+    def _label_column(self) -> str:
+        return self.config.label_column or "label"
+
+    def _spelled(self, value: Any) -> str:
+        """A label as text: what is not a string as JSON has it."""
+        if isinstance(value, str):
+            return value.strip()
+        if value is None or isinstance(value, list | dict) or value != value:
+            hint = "; give --task.several for several labels" * isinstance(value, list)
+            hint += "; no labels are []" * (value is None and self.several)
+            raise Flaw("no label", f"column {self._label_column!r} is {kind_of_value(value)}{hint}")
+        return json.dumps(value)
 
     def fitted(self, examples: Sequence[Classified]) -> Self:
         counts = Counter(label for one in examples for label in one.labels or ())
@@ -230,13 +266,6 @@ class Classification:
             return "micro_f1", np.stack(counts, axis=1)
         pairs = zip(examples, predictions, strict=True)
         return "accuracy", np.array([[one.labels[0] == said["label"]] for one, said in pairs])
-
-
-def spelled(value: Any) -> str:
-    """A label as text: what is not a string as JSON has it."""
-    if value is None:
-        return ""
-    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _natural(label: str) -> tuple:

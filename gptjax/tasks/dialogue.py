@@ -37,6 +37,7 @@ class Dialogue:
 
     where: str
     messages: tuple[Message, ...]
+    waits: bool = False  # for a reply to the last message; else the assistant's last is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,9 @@ class Dialogues:
         if labelled and not any(one.role == "assistant" for one in messages):
             roles = ", ".join(map(repr, self.config.assistant))
             raise Flaw("no label", f"none of the messages is of {roles}")
-        return Dialogue(record.where, messages)
+        return Dialogue(
+            record.where, messages, waits=not labelled and messages[-1].role != "assistant"
+        )
 
     def _messages(self, value: Any) -> tuple[Message, ...]:
         given = value if isinstance(value, list) else cell(value, self.config.messages_column)
@@ -112,6 +115,20 @@ class Dialogues:
         opening, _ = self.turn_ids(Message("assistant", ""), tokenizer)
         return joined([np.int32([tokenizer.end]), *turns, opening])
 
+    def fitting_ids(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, most: int
+    ) -> np.ndarray:
+        """The ids after which the assistant replies, of as many of the last messages as fit; those
+        of the system stay.
+        """
+        first = sum(one.role == "system" for one in messages)
+        scene, said = messages[:first], messages[first:]
+        while True:
+            ids = self.prompt_ids([*scene, *said], tokenizer)
+            if len(ids) <= most or len(said) < 2:
+                return ids
+            said = said[1:]
+
     def encode(
         self, example: Dialogue, tokenizer: Tokenizer, size: int, problems: Problems
     ) -> list[Encoded]:
@@ -141,7 +158,7 @@ class Dialogues:
         raise AssertionError("texts are written, not read from a head")
 
     def prompt(self, example: Dialogue) -> str:
-        """All before the assistant's last message, as text without ends."""
+        """All before the reply that is asked for, as text without ends."""
         shown = [
             self.config.turn.replace("{role}", role).replace("{content}", content)
             for role, content in self.before(example)
@@ -150,17 +167,17 @@ class Dialogues:
         return "\n".join([*shown, opening])
 
     def before(self, example: Dialogue) -> tuple[Message, ...]:
-        """The messages before the assistant's last one."""
-        return example.messages[: self._last(example)]
+        """The messages before the reply that is asked for."""
+        return example.messages[: self._place(example)]
 
-    def _last(self, example: Dialogue) -> int:
-        """The place of the assistant's last message; after all if there is none."""
+    def _place(self, example: Dialogue) -> int:
+        """Of the reply that is asked for; after all messages if it is not there."""
         places = [i for i, one in enumerate(example.messages) if one.role == "assistant"]
-        return places[-1] if places else len(example.messages)
+        return places[-1] if places and not example.waits else len(example.messages)
 
     def target(self, example: Dialogue) -> str:
-        last = self._last(example)
-        return example.messages[last].content if last < len(example.messages) else ""
+        said = example.messages[self._place(example) :]
+        return said[0].content if said else ""
 
     def requests(self, example: Dialogue) -> list[Request]:
         return []

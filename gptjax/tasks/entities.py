@@ -1,6 +1,7 @@
 """Named entities: a tag for each word, carried to tokens and back."""
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from gptjax.config import TaskConfig, did_you_mean
 from gptjax.tasks.metrics import entity_counts, entity_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
-from gptjax.tasks.records import Flaw, Record, cell, read_examples, sound
+from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound
 from gptjax.tasks.tags import Entity, entities, first_broken, plain_tag, write_tags
 from gptjax.tasks.task import (
     Encoded,
@@ -59,9 +60,15 @@ class Entities:
         """From columns of CoNLL, or from a table whose cells are lists of words and tags."""
         config = self.config
         if isinstance(record.value, dict):
-            words = cell(record.value, config.text_column or "words")
-            tags = self._tag_list(record, labelled)
+            words = self._list(record.value, config.text_column or "words")
+            tags = self._tag_list(record.value, labelled)
             where = [record.where] * len(words)
+        elif not _in_lines(record.value):
+            raise Flaw(
+                "no words",
+                f"{kind_of_value(record.value)}; give lines of a word and its tag, by "
+                "--task.file-format conll, or objects with lists of words and of tags",
+            )
         else:
             file = record.where.rpartition(":")[0]
             where = [f"{file}:{number}" for number, _ in record.value]
@@ -106,19 +113,38 @@ class Entities:
             return None
         return self._column(lines, column)
 
-    def _tag_list(self, record: Record, labelled: bool) -> list[str] | None:
+    def _tag_list(self, value: dict, labelled: bool) -> list[str] | None:
         try:
-            return cell(record.value, self.config.label_column or "tags")
+            return [self._tag(one) for one in self._list(value, self.config.label_column or "tags")]
         except Flaw:
             if labelled:
                 raise
             return None
 
+    def _list(self, value: dict, column: str) -> list:
+        found = cell(value, column)
+        if not isinstance(found, list):
+            raise Flaw("no words", f"column {column!r} is {kind_of_value(found)}, not a list")
+        return found
+
+    def _tag(self, tag: Any) -> str:
+        """A tag by its name; a number is its place among `config.labels`."""
+        if isinstance(tag, str):
+            return tag.strip()
+        labels = self.config.labels
+        if isinstance(tag, int) and not isinstance(tag, bool) and 0 <= tag < len(labels):
+            return labels[tag]
+        raise Flaw(
+            "broken tags",
+            f"{json.dumps(tag)} is a tag, and no string; give the names of tags in the order of "
+            "their numbers, as in --task.labels O B-PER I-PER",
+        )
+
     def _sound_tags(
         self, tags: Sequence[str], where: Sequence[str], problems: Problems
     ) -> tuple[str, ...]:
         scheme = self.config.scheme
-        plain = [plain_tag(str(tag).strip(), scheme) for tag in tags]
+        plain = [plain_tag(tag.strip(), scheme) for tag in tags]
         if None in plain:
             place = plain.index(None)
             line = where[place].rpartition(":")[2]
@@ -293,3 +319,8 @@ class Entities:
     ) -> tuple[str, np.ndarray | None]:
         truth, said = [one.tags for one in examples], [one["tags"] for one in predictions]
         return "f1", entity_counts(truth, said)
+
+
+def _in_lines(value: Any) -> bool:
+    """Whether a record is the lines of a sentence."""
+    return isinstance(value, list) and all(isinstance(one, tuple) for one in value)

@@ -1,13 +1,13 @@
 """A text to another: translation, summaries, instructions and their answers."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 
-from gptjax.config import TaskConfig
+from gptjax.config import ConfigError, TaskConfig
 from gptjax.tasks.metrics import text_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
@@ -55,7 +55,8 @@ class Pairs:
     def _example(self, record: Record, labelled: bool) -> Pair:
         source = text_in(record.value, self.config.source_column)
         target = self._target(record.value, labelled)
-        columns = {"source": source} | named_texts(record.value)
+        columns = named_texts(record.value) | {"source": source}
+        check_template(self._template, columns)
         return Pair(record.where, source, target, tuple(columns.items()))
 
     def _target(self, value: Any, labelled: bool) -> str | None:
@@ -85,8 +86,12 @@ class Pairs:
     ) -> Prediction:
         raise AssertionError("texts are written, not read from a head")
 
+    @property
+    def _template(self) -> str:
+        return self.config.template or "{source}\n"
+
     def prompt(self, example: Pair) -> str:
-        return filled(self.config.template or "{source}\n", dict(example.columns))
+        return filled(self._template, dict(example.columns))
 
     def target(self, example: Pair) -> str:
         text = example.target or ""
@@ -104,11 +109,11 @@ class Pairs:
     def metrics(
         self, examples: Sequence[Pair], predictions: Sequence[Prediction]
     ) -> dict[str, float]:
-        """BLEU and chrF; right are all targets that the examples have for the same source."""
+        """BLEU and chrF; right are all targets that the examples have for the same prompt."""
         right: dict[str, list[str]] = {}
         for one in examples:
-            right.setdefault(one.source, []).append(one.target or "")
-        references = [list(dict.fromkeys(right[one.source])) for one in examples]
+            right.setdefault(self.prompt(one), []).append(one.target or "")
+        references = [list(dict.fromkeys(right[self.prompt(one)])) for one in examples]
         texts = [one["text"] for one in predictions]
         return text_figures(references, texts, self.config.bleu_tokens)
 
@@ -119,10 +124,23 @@ class Pairs:
 
 
 def named_texts(value: Any) -> dict[str, str]:
-    """The columns of a record that have names and hold text."""
-    if not isinstance(value, dict):
-        return {}
-    return {name: text for name, text in value.items() if isinstance(text, str)}
+    """The columns of a record that have names and hold text or a number; null is an empty text."""
+    found = value.items() if isinstance(value, dict) else ()
+    return {
+        name: "" if one is None else str(one)
+        for name, one in found
+        if one is None or (isinstance(one, str | int | float) and not isinstance(one, bool))
+    }
+
+
+def check_template(template: str, columns: Mapping[str, str]) -> None:
+    """Raises:
+    Flaw: if a template names a column that a record does not have.
+    """
+    try:
+        filled(template, columns)
+    except ConfigError as error:
+        raise Flaw("no such column", str(error)) from None
 
 
 def encode_request(prompt: str, target: str | None, tokenizer: Tokenizer) -> Encoded:

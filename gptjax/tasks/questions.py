@@ -65,8 +65,8 @@ class Questions:
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Question]:
-        """Of JSON as SQuAD has it, `{"data": [{"paragraphs": [{"context", "qas"}]}]}`; or of JSONL
-        and Parquet with `context`, `question` and `answers`, as Hugging Face has it.
+        """Of JSON as SQuAD has it, `{"data": [{"paragraphs": [{"context", "qas"}]}]}`; or of a
+        list, JSONL and Parquet with `context`, `question` and `answers`, as Hugging Face has it.
 
         An answer that is not where its file says is counted; it still counts as right when a
         model's is compared with it, but cannot be learnt, unless it is repaired: moved to the
@@ -98,9 +98,12 @@ class Questions:
         self, paragraph: Any, where: str, problems: Problems, labelled: bool
     ) -> Iterator[Question]:
         asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
+        if asked is None and isinstance(paragraph, dict) and "question" in paragraph:
+            asked = [paragraph]  # a question with its own context
         if not isinstance(asked, list):
             problems.read += 1
-            problems.bad("no questions", where, "there is no list 'qas'")
+            why = "there is no list 'qas', and no 'question' with a 'context'"
+            problems.bad("no questions", where, why)
             return
         for number, one in enumerate(asked, 1):
             problems.read += 1
@@ -133,9 +136,10 @@ class Questions:
             if labelled:
                 raise Flaw("no label", "there are no 'answers'")
             return Question(where, name, texts["question"], texts["context"], None, ())
-        if isinstance(answers, dict):  # lists of texts and starts, as Hugging Face has them
-            pairs = zip(answers.get("text", ()), answers.get("answer_start", ()), strict=False)
-            answers = [{"text": text, "answer_start": start} for text, start in pairs]
+        if isinstance(answers, dict):
+            answers = self._pairs(answers)
+        if not isinstance(answers, list):
+            raise Flaw("no label", f"'answers' is {kind_of_value(answers)}, not a list")
         if value.get("is_impossible"):
             answers = []
         if not answers and self.config.answers != "squad2" and labelled:
@@ -150,6 +154,20 @@ class Questions:
         return Question(
             where, name, texts["question"], texts["context"], tuple(right), tuple(spans)
         )
+
+    def _pairs(self, answers: dict) -> list[dict]:
+        """Answers of which there are lists of texts and of starts, as Hugging Face has them."""
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not isinstance(texts, list):
+            return [answers]
+        if not isinstance(starts, list) or len(texts) != len(starts):
+            raise Flaw(
+                "no label",
+                f"'answers' has {len(texts)} texts, and 'answer_start' is "
+                + (f"{len(starts)} numbers" if isinstance(starts, list) else kind_of_value(starts)),
+            )
+        pairs = zip(texts, starts, strict=True)
+        return [{"text": text, "answer_start": start} for text, start in pairs]
 
     def _answer(self, answer: Any) -> tuple[str, int]:
         if not isinstance(answer, dict):

@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 from gptjax.config import DataConfig, TaskConfig, did_you_mean
 from gptjax.sources import DataError, Source, expand, needed, open_bytes, packing_of
 from gptjax.sources.lines import FIELD_LIMIT
-from gptjax.sources.tables import open_parquet
+from gptjax.sources.tables import open_parquet, rows_of_hf, rows_of_tfds
 from gptjax.tasks.problems import Problems
+from gptjax.tasks.tags import plain_tag
 
 NUMBER = re.compile(r"-?[1-9]\d*")  # of a column
 
@@ -55,7 +56,17 @@ def read_records(config: TaskConfig, paths: Iterable[str], problems: Problems) -
             case "parquet":
                 records = _parquet(source.where, problems)
             case "conll":
-                records = _conll(source.where, problems)
+                records = _conll(source.where, config, problems)
+            case "hf":
+                records = _rows(source.where, rows_of_hf(source.where), problems)
+            case "tfds":
+                rows = rows_of_tfds(source.where, source.tfds_dir)
+                records = _rows(source.where, rows, problems)
+            case _:
+                raise DataError(
+                    f"{problems.split}: {source.where}: labelled records are not read of a "
+                    f"{kind}: give a file of JSONL, or another format of --task.file-format"
+                )
         yield from records
 
 
@@ -88,7 +99,7 @@ def find_files(
         raise DataError(f"{label} is empty: give files of labelled examples")
     for given in paths:
         path, _, key = given.rpartition("@")
-        if not path or os.path.exists(given):
+        if not path or os.path.exists(given) or given.startswith("tfds:"):
             path, key = given, ""
         for source in expand(path, label, DataConfig()):
             yield source, _format(config, source), key
@@ -100,6 +111,9 @@ def _format(config: TaskConfig, source: Source) -> str:
     bare = source.name.removesuffix(packing_of(source.name))
     if Path(bare).suffix.lower() in (".yml", ".yaml"):
         return "yaml"
+    # A word and its tag in each line are a table by name alone.
+    if source.kind == "tsv" and config.kind == "entities" and config.header != "yes":
+        return "conll"
     if source.kind != "text":
         return source.kind
     return {"entities": "conll", "questions": "json"}.get(config.kind, "tsv")
@@ -107,9 +121,15 @@ def _format(config: TaskConfig, source: Source) -> str:
 
 def _has_header(config: TaskConfig) -> bool:
     """Whether the first line of a table names its columns."""
-    given = (config.text_column, config.label_column, config.source_column, config.target_column)
-    by_number = any(column and NUMBER.fullmatch(column) for column in given)
-    return config.header == "yes" or (config.header == "auto" and not by_number)
+    return config.header == "yes" or (config.header == "auto" and not by_number(config))
+
+
+def by_number(config: TaskConfig) -> bool:
+    """Whether columns are given, and all by their number."""
+    names = ("text", "second", "label", "source", "target")
+    fields = {f"{name}_column": getattr(config, f"{name}_column") for name in names}
+    given = [one for name, one in fields.items() if one != getattr(TaskConfig(), name)]
+    return bool(given) and all(NUMBER.fullmatch(one or "") for one in given)
 
 
 # --- cells -------------------------------------------------------------------------------------
@@ -135,7 +155,11 @@ def cell(value: Any, column: str) -> Any:
         names = ", ".join(map(repr, itertools.islice(value, 20))) or "none at all"
         hint = did_you_mean(column, value)
         raise Flaw("no such column", f"there is no column {column!r} but {names}.{hint}")
-    raise Flaw("no such column", f"its columns have no names: give a number for {column!r}")
+    raise Flaw(
+        "no such column",
+        f"its columns have no names: give a number for {column!r}, or --task.header yes if the "
+        "first line names them",
+    )
 
 
 def text_in(value: Any, column: str, *, empty: bool = False) -> str:
@@ -145,7 +169,7 @@ def text_in(value: Any, column: str, *, empty: bool = False) -> str:
       Flaw: if that is no text, or an empty one where that is not allowed.
     """
     text = cell(value, column)
-    if isinstance(text, int | float) and not isinstance(text, bool):
+    if isinstance(text, int | float) and not isinstance(text, bool) and text == text:
         text = str(text)
     if not isinstance(text, str):
         raise Flaw("no text", f"column {column!r} is {kind_of_value(text)}, not a string")
@@ -168,7 +192,7 @@ def sound(text: str, what: str, *, empty: bool = False) -> str:
 
 
 def kind_of_value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool) or value != value:
         return json.dumps(value)
     return {dict: "an object", list: "a list", str: "a string"}.get(type(value), "a number")
 
@@ -252,25 +276,37 @@ def _table(where: str, tabs: bool, header: bool, problems: Problems) -> Iterator
                 problems.bad("wrong number of columns", f"{where}:{first}", why)
 
 
-def _conll(where: str, problems: Problems) -> Iterator[Record]:
+def _conll(where: str, config: TaskConfig, problems: Problems) -> Iterator[Record]:
     """A record for each sentence: a list of its words, each the line's number and its columns.
 
-    Columns have tabs between them if the first line that is no comment has one, and else white
-    space. A line with `#` at its beginning is a comment if it has no columns: without a tab where
-    there are tabs, and else with another number of columns than the lines before. Lines of
-    -DOCSTART- end a sentence; those of CoNLL-U for several words at once, 3-4, or for none, 3.1,
-    are left out.
+    The first line that does not begin with `#` says whether columns have tabs between them or
+    blanks, and how many there are. A line with another number of them spoils its sentence, unless
+    it begins with `#`: then it is a comment. Lines of -DOCSTART- end a sentence. Where words are
+    not in the first column, that numbers them as CoNLL-U does, and lines for several words at once,
+    3-4, or for none, 3.1, are left out.
     """
+    numbered = config.text_column not in (None, "1")
     with open_bytes(where) as file:
-        words, tabs, width, first = [], None, 0, 0
-        whole = True
+        lines = _lines(file, where, problems)
+        held, like = [], ""
+        for number, line in lines:
+            held.append((number, line))
+            if line and line.strip() and not line.startswith(("#", "-DOCSTART-")):
+                like = line
+                break
+        else:
+            like = next((line for _, line in held if line and line.strip()), "")
+        split = _by_tabs if "\t" in like else _by_blanks
+        width = len(split(like))
+        words: list[tuple[int, list[str]]] = []
+        first, whole = 0, True
 
         def sentence() -> Iterator[Record]:
             if words and whole:
                 problems.read += 1
                 yield Record(f"{where}:{first}", words)
 
-        for number, line in _lines(file, where, problems):
+        for number, line in itertools.chain(held, lines):
             if line is None:
                 whole = False
                 continue
@@ -278,16 +314,43 @@ def _conll(where: str, problems: Problems) -> Iterator[Record]:
                 yield from sentence()
                 words, whole = [], True
                 continue
-            if tabs is None and not line.startswith("# "):
-                tabs = "\t" in line
-            columns = line.split("\t") if tabs else line.split()
-            if line.startswith("#") and (len(columns) == 1 if tabs else len(columns) != width):
+            columns = split(line)
+            if line.startswith("#") and _is_comment(line, columns, width, config, bool(words)):
                 continue
-            if len(columns) > 2 and re.fullmatch(r"\d+[-.]\d+", columns[0]):
+            if len(columns) != width:
+                if whole:
+                    problems.read += 1
+                    why = f"{len(columns):,} columns, but the first line of words has {width:,}"
+                    problems.bad("wrong number of columns", f"{where}:{number}", why)
+                whole = False
                 continue
-            width, first = width or len(columns), first if words else number
+            if numbered and re.fullmatch(r"\d+[-.]\d+", columns[0]):
+                continue
+            first = first if words else number
             words.append((number, columns))
         yield from sentence()
+
+
+def _by_tabs(line: str) -> list[str]:
+    return line.split("\t")
+
+
+def _by_blanks(line: str) -> list[str]:
+    """Other white space may be a word."""
+    return re.split(r"[ \t]+", line.rstrip(" \t"))
+
+
+def _is_comment(
+    line: str, columns: list[str], width: int, config: TaskConfig, inside: bool
+) -> bool:
+    """Whether a line with `#` at its beginning is one, and no word. As many columns as words have
+    are by chance before a sentence, after `# `, if the last of them cannot be a tag.
+    """
+    if len(columns) != width:
+        return True
+    if inside or width == 1 or not line.startswith(("# ", "#\t")):
+        return False
+    return plain_tag(columns[-1], config.scheme) is None
 
 
 def _parallel(files: list[tuple[Source, str, str]], problems: Problems) -> Iterator[Record]:
@@ -360,9 +423,11 @@ def load_whole(where: str, kind: str) -> Any:
 
 def _parquet(where: str, problems: Problems) -> Iterator[Record]:
     with open_parquet(where) as table:
-        number = 0
-        for batch in table.iter_batches(1024):
-            for value in batch.to_pylist():
-                number += 1
-                problems.read += 1
-                yield Record(f"{where}: row {number}", value)
+        batches = (batch.to_pylist() for batch in table.iter_batches(1024))
+        yield from _rows(where, itertools.chain.from_iterable(batches), problems)
+
+
+def _rows(where: str, rows: Iterable[Any], problems: Problems) -> Iterator[Record]:
+    for number, value in enumerate(rows, 1):
+        problems.read += 1
+        yield Record(f"{where}: row {number}", value)
