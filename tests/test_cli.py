@@ -75,6 +75,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_package_is_the_command():
+    said = [
+        subprocess.run([*how, "--help"], capture_output=True, text=True, check=True).stdout
+        for how in ([sys.executable, "-m", "gptjax"], [Path(sys.executable).with_name("gptjax")])
+    ]
+    assert said[0] == said[1] != ""
+
+
 def test_help_without_jax(folder):
     for arguments in (["--help"], ["train", "--help"], ["train", "experiment.py", "--help"]):
         code, out, _ = without_jax(folder, *arguments)

@@ -76,6 +76,7 @@ ORDER = (
     "interpret",
     "serve",
     "cli",
+    "__main__",
 )
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 FOLDERS = sorted({path.parent for path in FILES} - {PACKAGE})
