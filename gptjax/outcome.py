@@ -131,7 +131,9 @@ def write_markdown(run_dir: Path, config: Config, outcome: Outcome) -> Path:
     Raises:
       OSError: if it cannot be written.
     """
-    parts = [f"# {config.name}\n\nThe best step is {outcome.step:,}.\n"]
+    parts = [f"# {config.name}\n"]
+    if outcome.step is not None:  # without a validation split the last step is what there is
+        parts.append(f"\nThe best step is {outcome.step:,}.\n")
     for title, rows in tables(outcome, config.task.labels):
         header, *rest = [[_cell(text) for text in row] for row in rows]
         lines = [header, ["---"] * len(header), *rest]

@@ -194,7 +194,7 @@ NOTED = (
     "abandoned",
 )
 MOST_LISTED = 200  # events, and attempts on a page
-FIGURES = ("eval/accuracy", "eval/f1", "eval/micro_f1", "eval/macro_f1", "eval/exact_match")
+FIGURES = ("eval/accuracy", "eval/f1", "eval/micro_f1", "eval/macro_f1", "eval/exact")
 CURVES = (*FIGURES, "train/learning_rate", "train/grad_norm", "perf/tokens_per_second", "perf/mfu")
 
 

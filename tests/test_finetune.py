@@ -114,6 +114,18 @@ def test_the_best_step_stays_and_the_run_ends_when_nothing_gets_better(tmp_path)
     assert read_metrics(tmp_path / "run")[-1]["step"] == 10
 
 
+def test_a_run_without_a_validation_split_has_a_report_of_its_test_split(tmp_path, monkeypatch):
+    files = write_classes(tmp_path)
+    task = {"valid": (), "test": files["valid"]}
+    config = replace(classes(tmp_path, task=task, steps=2), eval_every=None)
+    (tmp_path / "given.json").write_text(to_json(config))
+    (tmp_path / "run.py").write_text(GIVEN)
+    monkeypatch.chdir(tmp_path)
+    run("train", "run.py", "--run-dir", "run")
+    assert "accuracy" in (tmp_path / "run" / "report.md").read_text()
+    assert "accuracy" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_the_best_of_several_figures_is_the_first_of_the_largest():
     config = Config(task=TaskConfig(kind="classify"))
     figures = [0.5, 0.7, 0.7, 0.6]
@@ -288,7 +300,7 @@ def test_two_processes_learn_a_task_as_one_does(kind, tmp_path, capsys):
             if not name.startswith("time/") and "second" not in name and "perf" not in name:
                 assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     names = ("one", "two")
-    said = [(tmp_path / name / "said" / "test.jsonl").read_text().splitlines() for name in names]
+    said = [(tmp_path / name / "said" / "test.jsonl").open().readlines() for name in names]
     words = "label" if kind == "classify" else "text"
     one, two = ([json.loads(line)[words] for line in lines] for lines in said)
     assert one == two
