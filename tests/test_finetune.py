@@ -114,14 +114,12 @@ def test_the_best_step_stays_and_the_run_ends_when_nothing_gets_better(tmp_path)
     assert read_metrics(tmp_path / "run")[-1]["step"] == 10
 
 
-def test_a_run_without_a_validation_split_has_a_report_of_its_test_split(tmp_path, monkeypatch):
+def test_a_run_without_a_validation_split_has_a_report_of_its_test_split(tmp_path):
     files = write_classes(tmp_path)
     task = {"valid": (), "test": files["valid"]}
     config = replace(classes(tmp_path, task=task, steps=2), eval_every=None)
-    (tmp_path / "given.json").write_text(to_json(config))
-    (tmp_path / "run.py").write_text(GIVEN)
-    monkeypatch.chdir(tmp_path)
-    run("train", "run.py", "--run-dir", "run")
+    fit(config, tmp_path / "run")
+    run("report", tmp_path / "run")
     assert "accuracy" in (tmp_path / "run" / "report.md").read_text()
     assert "accuracy" in (tmp_path / "run" / "report.html").read_text()
 
