@@ -9,9 +9,10 @@ it give `--model.*`. Each of the functions is a task; what its files look
 like is in `--task.*`.
 
 What base.py's model makes of sets, by `tools/records.py` with its settings (batches of 4 rows of
-256 tokens, a learning rate of 1e-3), on one core of an AMD EPYC each (2026-11-29 and 30, commit
-7ad8c70; from scratch at 2a88885, with the same settings). The figures are of the validation split,
-which also chose the best of ten evaluations: the median of three seeds with the least and the most.
+256 tokens, a learning rate of 1e-3), on one core of an AMD EPYC each (2026-11-29 and 30; code
+of commit 2a88885, settings of the tool of 7ad8c70, and for squad and tatoeba of 93c3dcb). The
+figures are of the validation split, which also chose the best of ten evaluations: the median of
+three seeds with the least and the most.
 
 Accuracy of classes, by the mean of a text's tokens, after 3 epochs of movie-sentiment, 10 of
 poem-sentiment and sib200, and 5 of the others, beside TF-IDF with logistic regression:

@@ -26,7 +26,8 @@ class Outcome(NamedTuple):
 def read_outcome(run_dir: Path, config: Config) -> Outcome | None:
     """What there is of a run; None if it is of no task, or has said nothing yet."""
     said = {
-        name: [json.loads(line) for line in path.open(encoding="utf-8")]
+        # What else ends lines of text may be in a text.
+        name: [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         for name in ("valid", "test")
         if (path := run_dir / "said" / f"{name}.jsonl").is_file()
     }

@@ -4,13 +4,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gptjax.cli.runs import load_model
 from gptjax.config import ConfigError, Count, NotNegative, Probability, Whole
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from gptjax.config import (
     Config,
     ConfigError,
     Count,
-    Finite,
     MeshConfig,
+    NotNegative,
     TaskConfig,
     TuneConfig,
     Whole,
@@ -39,7 +39,7 @@ class Evaluate:
     batch_size: Count = 16  # rows, or texts, at a time
     max_tokens: Count = 64  # of a text that is written
     beams: Count = 1  # above 1: the likeliest text that is found is written
-    temperature: Finite = 0.0  # of a text that is written; 0: always the likeliest token
+    temperature: NotNegative = 0.0  # of a text that is written; 0: always the likeliest token
     step: Whole | None = None  # of the checkpoint; None: the best of a task's run, or the newest
     out: str | None = None  # file of what was said of each example, as lines of JSON
     task: TaskConfig = field(default_factory=TaskConfig)

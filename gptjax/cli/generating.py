@@ -82,7 +82,7 @@ class Predict:
     batch_size: Count = 16  # with --out: rows, or texts, at a time
     max_tokens: Count = 64  # with --out: of a text that is written
     beams: Count = 1  # with --out, above 1: the likeliest text that is found is written
-    temperature: Finite = 0.0  # with --out: of such a text; 0: always the likeliest token
+    temperature: NotNegative = 0.0  # with --out: of such a text; 0: always the likeliest token
     seed: Whole = 0  # with --out: of the draws of a temperature
     step: Whole | None = None  # of the checkpoint; None: the best of a task, or the newest
     task: TaskConfig = field(default_factory=TaskConfig)  # with --out: how the file is read
