@@ -6,7 +6,9 @@ import gzip
 import importlib.util
 import io
 import json
+import lzma
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -302,7 +304,8 @@ def test_choices_that_leave_nothing(folder):
 
 
 def test_the_kind_goes_by_the_ending_or_by_choice(tmp_path):
-    for name in ["a.JSONL.GZ", "a.csv", "a.json", "a.bz2", "a.parquet", "a.tsv.zst", "noending"]:
+    names = ["a.JSONL.GZ", "a.csv", "a.json", "a.bz2", "a.parquet", "a.tsv.zst", "noending"]
+    for name in [*names, "a.jsonlines.xz", "a.ndjson"]:
         write(tmp_path / name, "x")
     kinds = {source.name: (source.kind, source.seekable) for source in find(tmp_path)}
     assert kinds == {
@@ -310,11 +313,13 @@ def test_the_kind_goes_by_the_ending_or_by_choice(tmp_path):
         "a.bz2": ("text", False),
         "a.csv": ("csv", True),
         "a.json": ("json", False),
+        "a.jsonlines.xz": ("jsonl", False),
+        "a.ndjson": ("jsonl", True),
         "a.parquet": ("parquet", True),
         "a.tsv.zst": ("tsv", False),
         "noending": ("text", True),
     }
-    assert {source.kind for source in find(tmp_path / "*[!t]", format="jsonl")} == {"jsonl"}
+    assert {source.kind for source in find(tmp_path / "*[!t]", format="json")} == {"json"}
     with pytest.raises(DataError, match=r"Parquet packed as a whole cannot be read; unpack it"):
         find(write(tmp_path / "b.parquet.gz", "x"))
 
@@ -563,9 +568,63 @@ def test_a_field_that_is_not_there(tmp_path, kind):
 # --- files that are bad as a whole -------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a.tar.gz", "an archive: unpack it"),
+        ("a.ZIP", "an archive"),
+        ("a.txt.lz4", "packed in a way that is not read"),
+        ("a.arrow", "a table: save it as Parquet"),
+        ("a.pdf", "a document with its layout: save its text"),
+        ("a.wav", "pictures, sound or film: give a function"),
+        ("a.npy", "arrays: give a function"),
+    ],
+)
+def test_what_is_no_text_by_its_ending_is_refused_unless_it_is_asked_for(tmp_path, name, why):
+    write(tmp_path / "b.txt", "text")
+    path = write(tmp_path / name, "x")
+    message = f"{re.escape(str(path))}: {why}.*--data.format text.*--data.exclude"
+    with pytest.raises(DataError, match=message):
+        find(tmp_path)
+    assert [source.name for source in find(tmp_path, exclude=(name,))] == ["b.txt"]
+    assert {source.kind for source in find(tmp_path, format="text")} == {"text"}
+
+
+def test_folders_lose_nothing(tmp_path, monkeypatch):
+    """What links lead to is there, and what cannot be reached is told."""
+    write(tmp_path / "there" / "deep" / "a.txt", "text")
+    folder = tmp_path / "here"
+    write(folder / "b.txt", "text")
+    (folder / "linked").symlink_to(tmp_path / "there")
+    (tmp_path / "there" / "round").symlink_to(tmp_path / "there")
+    assert [source.name for source in find(folder)] == ["b.txt", "linked/deep/a.txt"]
+
+    (folder / "lost.txt").symlink_to(tmp_path / "gone.txt")
+    for given in (folder, folder / "*.txt"):
+        with pytest.raises(DataError, match=r"lost.txt: a link to .*gone.txt, which is not there"):
+            find(given)
+    (folder / "lost.txt").unlink()
+
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"deep: cannot be read \(Permission denied\)"):
+        find(folder)
+
+
 @pytest.mark.parametrize(  # the last block is lost, which has up to 900 kB in bzip2
     ("ending", "pack", "least"),
-    [("gz", gzip.compress, 38), ("bz2", bz2.compress, 30), ("zst", zstd, 37)],
+    [
+        ("gz", gzip.compress, 38),
+        ("bz2", bz2.compress, 30),
+        ("xz", lzma.compress, 38),
+        ("zst", zstd, 37),
+    ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv"])
 def test_a_packed_file_that_is_cut_short(tmp_path, ending, pack, least, kind):
@@ -610,6 +669,8 @@ def test_bad_lists(tmp_path, content, message):
 def test_files_that_are_no_such_files(tmp_path):
     for name, message in [
         ("a.gz", "not a whole gzip file"),
+        ("a.json.gz", "not a whole gzip file"),
+        ("a.xz", "not a whole xz file"),
         ("a.jsonl.bz2", "not a whole bzip2 file"),
         ("a.csv.zst", "not a whole zstd file"),
         ("a.parquet", "not a whole Parquet file"),

@@ -138,8 +138,8 @@ class MixtureConfig:
 class DataConfig:
     """Where text comes from and how it becomes rows."""
 
-    # files, folders, globs (.gz, .bz2, .zst are opened), URLs (gs://, s3://, https://), tfds:NAME,
-    # folders of Hugging Face datasets, or FILE.py:function that yields documents
+    # files, folders, globs (.gz, .bz2, .xz, .zst are opened), URLs (gs://, s3://, https://),
+    # tfds:NAME, folders of Hugging Face datasets, or FILE.py:function that yields documents
     path: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()  # globs; files whose path matches one are left out
     valid_path: tuple[str, ...] = ()  # as path, for validation; without it `holdout` decides

@@ -18,11 +18,35 @@ from gptjax.sources.tables import tfds_builder
 ENDINGS = {
     ".json": "json",
     ".jsonl": "jsonl",
+    ".jsonlines": "jsonl",
+    ".ndjson": "jsonl",
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
 MAGIC = re.compile(r"[*?[]")  # in a glob
+# Files that hold no text as it is, by their endings, and what to do about them.
+UNREADABLE = {
+    "an archive: unpack it": "7z rar tar tbz2 tgz txz zip",
+    "packed in a way that is not read: unpack it, or pack it anew as .gz, .bz2, .xz or .zst": (
+        "br lz4 lzma lzo snappy sz z"
+    ),
+    "a table: save it as Parquet, CSV or JSONL": (
+        "arrow avro db feather h5 hdf5 mat orc sqlite sqlite3 xls xlsx"
+    ),
+    "records of TensorFlow: give tfds:NAME with --data.tfds-dir": "array_record riegeli tfrecord",
+    "a document with its layout: save its text as .txt": (
+        "doc docx epub mobi odt pdf ppt pptx ps rtf"
+    ),
+    "pictures, sound or film: give a function, FILE.py:function, that makes texts of it": (
+        "avi bmp flac gif jpeg jpg m4a mkv mov mp3 mp4 ogg png tif tiff wav webm webp"
+    ),
+    "arrays: give a function, FILE.py:function, that makes texts of them": (
+        "bin ckpt gguf idx npy npz pickle pkl pt pth safetensors"
+    ),
+}
+ADVICE = {f".{one}": why for why, endings in UNREADABLE.items() for one in endings.split()}
+AS_IT_IS = "take its bytes with --data.format text, or leave it out with --data.exclude"
 
 
 def find_sources(config: DataConfig, field: Literal["path", "valid_path"] = "path") -> list[Source]:
@@ -52,6 +76,7 @@ def find_sources(config: DataConfig, field: Literal["path", "valid_path"] = "pat
         )
     unique: dict[str, Source] = {}
     for one in kept:
+        refuse_unreadable(one, label, AS_IT_IS if config.format == "auto" else None)
         local = one.kind != "tfds" and not is_url(one.where)
         unique.setdefault(os.path.realpath(one.where) if local else one.where, one)
     return list(unique.values())
@@ -76,7 +101,7 @@ def expand(given: str, label: str, config: DataConfig) -> list[Source]:
     elif MAGIC.search(given):
         path = Path(*itertools.takewhile(lambda part: not MAGIC.search(part), path.parts))
         matches = [Path(match) for match in glob.glob(given, recursive=True)]
-        files = [match for match in matches if match.is_file()]
+        files = [match for match in matches if _is_file(match)]
         if files:
             return _sorted(path, files, config)
         if matches:
@@ -91,6 +116,22 @@ def expand(given: str, label: str, config: DataConfig) -> list[Source]:
     raise DataError(f"{label}: {given}: there is no {path.name!r} in {where}.{hint}")
 
 
+def refuse_unreadable(source: Source, label: str, instead: str | None) -> None:
+    """Raises DataError for a file that is not there, or by its ending none of text.
+
+    Args:
+      label: of the field that named it.
+      instead: what takes it as it is, or leaves it out; None if that is given, whatever its ending.
+    """
+    if os.path.islink(source.where) and not os.path.exists(source.where):
+        there = os.readlink(source.where)
+        raise DataError(f"{label}: {source.where}: a link to {there}, which is not there; mend it")
+    bare = source.name.removesuffix(packing_of(source.name))
+    why = ADVICE.get(Path(bare).suffix.lower()) if source.kind == "text" else None
+    if why and instead:
+        raise DataError(f"{label}: {source.where}: {why}; or {instead}")
+
+
 # --- files and folders -------------------------------------------------------------------------
 
 
@@ -98,14 +139,23 @@ def _expand_folder(path: Path, given: str, label: str, config: DataConfig) -> li
     if _is_hf(path):
         return [_hf_source(path, path.name, label, config)]
     files, sources = [], []
-    for inside, folders, names in os.walk(path):
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{label}: {error.filename}: cannot be read ({error.strerror}); make it readable, or "
+            "give what lies beside it"
+        )
+
+    for inside, folders, names in os.walk(path, onerror=refuse, followlinks=True):
         data_sets = [name for name in folders if _is_hf(Path(inside, name))]
         for name in data_sets:
             below = Path(inside, name)
             place = below.relative_to(path).as_posix()
             sources.append(_hf_source(below, place, label, config))
         folders[:] = [
-            name for name in folders if not name.startswith(".") and name not in data_sets
+            name
+            for name in folders
+            if not name.startswith(".") and name not in data_sets and not _circular(inside, name)
         ]
         files += [Path(inside, name) for name in names if not name.startswith(".")]
     if not files and not sources:
@@ -115,8 +165,19 @@ def _expand_folder(path: Path, given: str, label: str, config: DataConfig) -> li
     return sorted(sources + _sorted(path, files, config), key=lambda source: source.name)
 
 
+def _circular(inside: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    above = os.path.realpath(os.path.join(inside, name))
+    return os.path.commonpath([above, os.path.realpath(inside)]) == above
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, or a link to nothing, which must not be passed over."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
 def _sorted(root: Path, files: list[Path], config: DataConfig) -> list[Source]:
-    places = sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
+    places = sorted((file.relative_to(root).as_posix(), file) for file in files if _is_file(file))
     return [_file_source(name, str(file), config) for name, file in places]
 
 

@@ -204,13 +204,15 @@ def _not_utf8(line: bytes, byte: int) -> Flaw:
 def read_json(where: str, field: str, cursor: int, on_bad: OnBad | None) -> Iterator[Record]:
     """The items of one list, which memory holds whole."""
     with open_bytes(where) as file:
+        content = file.read()
         try:
-            items = json.loads(file.read())
+            items = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where}: not JSON ({error or 'too deep to be read'}); mend it, or give "
                 "--data.format jsonl if each of its lines is a record"
             ) from None
+    del content  # it may be large
     if not isinstance(items, list):
         raise DataError(
             f"{where}: {_json_kind(items)}, but the records are taken from a list; give "

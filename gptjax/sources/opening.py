@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import lzma
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from gptjax.config import ConfigError, did_you_mean
 from gptjax.sources.records import DataError
 
 READ_BYTES = 1 << 20  # of a file, at once
-PACKED = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
+PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 # What stores call the checksum of a file, or else the time when it was written.
 TAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Last-Modified")
 
@@ -156,7 +157,8 @@ def open_bytes(where: str) -> Iterator[BinaryIO]:
         else:
             file = stack.enter_context(open(where, "rb", READ_BYTES))
         if packing:
-            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".zst": partial(_open_zstd, where)}
+            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+            unpack |= {".zst": partial(_open_zstd, where)}
             unpacked = stack.enter_context(unpack[packing.lower()](file))
             file = io.BufferedReader(_Guarded(unpacked, where, packing), READ_BYTES)
         yield file

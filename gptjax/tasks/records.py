@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.config import DataConfig, TaskConfig, did_you_mean
-from gptjax.sources import DataError, Source, expand, needed, open_bytes, packing_of
+from gptjax.sources import (
+    DataError,
+    Source,
+    expand,
+    needed,
+    open_bytes,
+    packing_of,
+    refuse_unreadable,
+)
 from gptjax.sources.lines import FIELD_LIMIT
 from gptjax.sources.tables import open_parquet, rows_of_hf, rows_of_tfds
 from gptjax.tasks.problems import Problems
@@ -101,7 +109,9 @@ def find_files(
         path, _, key = given.rpartition("@")
         if not path or os.path.exists(given) or given.startswith("tfds:"):
             path, key = given, ""
+        instead = "say what it is with --task.file-format" if config.file_format == "auto" else None
         for source in expand(path, label, DataConfig()):
+            refuse_unreadable(source, label, instead)
             yield source, _format(config, source), key
 
 
