@@ -1,7 +1,7 @@
 """German, English and Chinese in one model, with one vocabulary and a loss for each language.
 
     gptjax tokenizer train 'german/*.txt.gz' 'english/*.txt.gz' 'chinese/*.json.gz' \\
-        --text-field paragraphs --vocab-size 12000 --out multilingual.model
+        --data.text-field paragraphs --vocab-size 12000 --out multilingual.model
     gptjax train experiments/multilingual.py
 
 German and English are novels, a file each; Chinese are poems of the Tang dynasty, as in poetry.py.

@@ -1,6 +1,6 @@
 """Chinese poems of the Tang dynasty, with a SentencePiece vocabulary of their own.
 
-    gptjax tokenizer train 'poetry/train/*.json.gz' --text-field paragraphs --out poetry.model
+    gptjax tokenizer train 'poetry/train/*.json.gz' --data.text-field paragraphs --out poetry.model
     gptjax train experiments/poetry.py
     gptjax predict runs/poetry 床前明月
 

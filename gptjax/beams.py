@@ -70,6 +70,7 @@ def search(
     config: GPTConfig,
     sampling: Sampling,
     ends: tuple[int, ...],
+    known: int | None = None,
 ) -> list[Beam]:
     """The best `num_samples` texts that beam search finds for each prompt, best first.
 
@@ -82,11 +83,12 @@ def search(
       config: the model.
       sampling: with `beams` above 1.
       ends: ids that end a text.
+      known: ids from this on do not come.
     Raises:
       ConfigError: for texts that would not fit the context: a search does not slide.
     """
     lengths = [len(prompt) for prompt in prompts]
-    rules, values = settings(sampling, lengths, ends)
+    rules, values = settings(sampling, lengths, ends, known)
     most, longest = int(values.most_B.max()), max(lengths)
     span = reach(config) or config.context_size
     if reach(config) is None and longest + most > span + 1:

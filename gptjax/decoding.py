@@ -77,7 +77,8 @@ def generate(
         j)`, whatever the other rows are.
       key: of the draws.
       end: the id that ends a row; it is not returned. None: rows end as `sampling` says.
-      tokenizer: for stop strings.
+      tokenizer: for stop strings, and where its vocabulary is smaller than the model's, as one
+        that was padded: ids that it does not have are never chosen.
     Returns:
       the new ids of each sample of each prompt, the samples of one prompt next to each other. Of a
       row with a stop string, the id that completed it is the last.
@@ -109,7 +110,8 @@ def complete(
     params = prepare(params, config)
     if sampling.beams > 1:
         return _complete_beams(params, prompts, config, sampling, ends, tokenizer)
-    work = _Work(params, prompts, config, sampling, key, ends, numbers)
+    known = known_ids(config, tokenizer)
+    work = _Work(params, prompts, config, sampling, key, ends, known, numbers)
     rows = [_Row(work.most[i], ends, sampling, tokenizer) for i in range(len(work.texts))]
     ahead = LOOK_EVERY if sampling.stop else max(work.most, default=0)
     for chosen in work.chunks(ahead):
@@ -147,12 +149,16 @@ def stream_text(
     *,
     end: int | None,
     tokenizer: Tokenizer,
+    sample: int = 0,
 ) -> Iterator[str]:
     """The text that `complete` returns for this prompt alone, as it comes: whole characters, and
     nothing that may be the beginning of a stop string. See `stream`.
+
+    Args:
+      sample: which of the prompt's samples it is.
     """
     shown = 0
-    for _, row in _stream(params, prompt, config, sampling, key, end, tokenizer):
+    for _, row in _stream(params, prompt, config, sampling, key, end, tokenizer, sample):
         if len(row.text) - row.held > shown:
             yield row.text[shown : len(row.text) - row.held]
             shown = len(row.text) - row.held
@@ -160,7 +166,9 @@ def stream_text(
         yield row_text
 
 
-def _stream(params, prompt, config, sampling, key, end, tokenizer) -> Iterator[tuple[int, "_Row"]]:
+def _stream(
+    params, prompt, config, sampling, key, end, tokenizer, sample: int = 0
+) -> Iterator[tuple[int, "_Row"]]:
     """Each token of one row, and the row with it."""
     problems = []
     if sampling.num_samples > 1 or sampling.beams > 1:
@@ -169,7 +177,9 @@ def _stream(params, prompt, config, sampling, key, end, tokenizer) -> Iterator[t
             "a stream has one sample and one beam"
         )
     ends = _check([prompt], config, sampling, end, tokenizer, *problems)
-    work = _Work(prepare(params, config), [prompt], config, sampling, key, ends)
+    known = known_ids(config, tokenizer)
+    params = prepare(params, config)
+    work = _Work(params, [prompt], config, sampling, key, ends, known, first_sample=sample)
     row = _Row(work.most[0], ends, sampling, tokenizer)
     for chosen in work.chunks(1):
         before = len(row.tokens)
@@ -344,8 +354,16 @@ def _check(prompts, config, sampling, end, tokenizer, *problems: str) -> tuple[i
     return tuple(dict.fromkeys([*([] if end is None else [end]), *sampling.stop_ids]))
 
 
+def known_ids(config: GPTConfig, tokenizer: Tokenizer | None) -> int | None:
+    """How many ids a tokenizer has, if that is less than the model's vocabulary."""
+    if tokenizer is None or tokenizer.vocab_size >= config.vocab_size:
+        return None
+    return tokenizer.vocab_size
+
+
 def _complete_beams(params, prompts, config, sampling, ends, tokenizer) -> list[Completion]:
-    found = search(params, prompts, config, sampling, ends)
+    known = known_ids(config, tokenizer)
+    found = search(params, prompts, config, sampling, ends, known)
     scores = [None] * len(found)
     if sampling.logprobs is not None:
         given = [prompts[beam.prompt] for beam in found]
@@ -379,12 +397,14 @@ class Progress(NamedTuple):
 class _Work:
     """Rows that are continued together: their texts here, the rest on the device."""
 
-    def __init__(self, params, prompts, config, sampling, key, ends, numbers=None):
+    def __init__(
+        self, params, prompts, config, sampling, key, ends, known, numbers=None, first_sample=0
+    ):
         self.params, self.config, self.sampling = params, config, sampling
         self.texts = [list(prompt) for prompt in prompts for _ in range(sampling.num_samples)]
         lengths = [len(text) for text in self.texts]
         self.most = [sampling.most(length) for length in lengths]
-        self.rules, self.values = settings(sampling, lengths, ends)
+        self.rules, self.values = settings(sampling, lengths, ends, known)
         self.done_B = np.array([most == 0 for most in self.most])  # the caller adds to them
         self._span = reach(config) or config.context_size  # tokens of a text that are read
         self._starts = [0] * len(self.texts)  # of what is read of each
@@ -395,6 +415,7 @@ class _Work:
             text_BS[row, longest - len(text) : longest] = text
         rows, samples = np.divmod(np.arange(len(lengths)), sampling.num_samples)
         rows = rows if numbers is None else np.asarray(numbers)[rows]
+        samples += first_sample
         with on_mesh(params):
             self._progress = _begin(key, rows, samples, text_BS, longest, config, self.rules)
 

@@ -124,6 +124,7 @@ class Rules(NamedTuple):
     ngram: int
     least: bool  # a minimum length
     logprobs: int | None
+    known: int | None  # ids from this on stand for nothing, and do not come
 
 
 class Values(NamedTuple):
@@ -151,8 +152,14 @@ class Memory(NamedTuple):
     length: jax.Array
 
 
-def settings(sampling: Sampling, lengths: list[int], ends: tuple[int, ...]) -> tuple[Rules, Values]:
-    """The rules and the values, for rows whose prompts have these lengths."""
+def settings(
+    sampling: Sampling, lengths: list[int], ends: tuple[int, ...], known: int | None = None
+) -> tuple[Rules, Values]:
+    """The rules and the values, for rows whose prompts have these lengths.
+
+    Args:
+      known: the size of the tokenizer's vocabulary, where the model's is larger.
+    """
     s = sampling
     least_B = np.array([s.least(length) for length in lengths], np.int32)
     rules = Rules(
@@ -166,6 +173,7 @@ def settings(sampling: Sampling, lengths: list[int], ends: tuple[int, ...]) -> t
         ngram=s.no_repeat_ngram or 0,
         least=bool(least_B.any() and ends),
         logprobs=s.logprobs,
+        known=known,
     )
     values = Values(
         temperature=np.float32(s.temperature),
@@ -238,6 +246,8 @@ def penalise(
         early_B = count < values.least_B
         ended_BV = logits_BV.at[:, values.ends_E].set(-jnp.inf)
         logits_BV = jnp.where(early_B[:, None], ended_BV, logits_BV)
+    if rules.known is not None:
+        logits_BV = logits_BV.at[:, rules.known :].set(-jnp.inf)
     return logits_BV
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -262,6 +263,43 @@ def test_generate_reads_prompts_from_standard_input(monkeypatch, capsys, run_dir
     assert "--- prompt 1 of 2 ---\none" in out and "--- prompt 2 of 2 ---\ntwo" in out
 
 
+def test_what_is_sampled_does_not_depend_on_how_it_is_asked_for(
+    monkeypatch, capsys, run_dir, tmp_path
+):
+    """By batches of any size, from standard input, with log-probabilities or as it comes."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\r\ntwo\nthree\n".encode())
+    words = ["--max-tokens", "6", "--num-samples", "2", "--seed", "3"]
+    file = ["generate", run_dir, "--prompt-file", tmp_path / "prompts.txt", *words]
+    whole = printed(monkeypatch, capsys, *file)
+    assert "--- prompt 1 of 3, sample 1 of 2 ---\none" in whole
+    for size in ("1", "2"):
+        assert printed(monkeypatch, capsys, *file, "--batch-size", size) == whole
+    alone = ["generate", run_dir, "--prompt", "one", *words]
+    streamed = printed(monkeypatch, capsys, *alone)
+    logged = printed(monkeypatch, capsys, *alone, "--logprobs", "0")
+    for text in streamed.split("--- sample")[1:]:
+        assert text.partition("---\n")[2] in whole
+        assert text in logged.replace("--- sample", "")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["generate", "RUN", "--prompt", os.fsdecode(b"ab\xff")], "--prompt: not UTF-8 at byte 2"),
+        (["predict", "RUN", os.fsdecode(b"\xff")], "TEXT: not UTF-8 at byte 0: give text"),
+        (["generate", "RUN", "--prompt-file", "bad"], "--prompt-file bad: not UTF-8, "),
+        (["generate", "RUN", "--prompt-file", "none"], "--prompt-file none: holds no prompt"),
+    ],
+)
+def test_prompts_that_are_no_text(monkeypatch, capsys, run_dir, tmp_path, words, message):
+    (tmp_path / "bad").write_bytes(b"fine\n\xff\n")
+    (tmp_path / "none").write_text("\n\n")
+    run = str(Path(run_dir).absolute())
+    monkeypatch.chdir(tmp_path)
+    code, err = last_words(monkeypatch, capsys, *(run if word == "RUN" else word for word in words))
+    assert code == 2 and message in err
+
+
 def test_generate_says_all_that_is_wrong(monkeypatch, capsys, run_dir):
     words = ["--beams", "2", "--temperature", "1", "--stop-ids", "999", "--prompt", "x"]
     words += ["--prompt-file", "y", "--stride", "16"]
@@ -326,6 +364,19 @@ def test_tokenizer(monkeypatch, capsys, tmp_path):
     assert [word for word, _ in lines] == "kind ids special fingerprint changes text text".split()
     assert lines[3][1] == hashlib.sha256(Path("fox.model").read_bytes()).hexdigest()
     assert lines[5][1].startswith(f"first.txt: {Path('first.txt').stat().st_size:,} bytes, ")
+
+    # As the messages about text advise.
+    lines = [json.dumps({"words": Path(name).read_text()}) for name in arguments[:2]]
+    Path("fox.jsonl").write_text("\n".join([*lines, '{"other": 1}']))
+    inspect = ["tokenizer", "inspect", "fox.model", "--text", "fox.jsonl"]
+    code, err = last_words(monkeypatch, capsys, *inspect)
+    assert code == 3 and "give one with --data.text-field" in err
+    inspect += ["--data.text-field", "words"]
+    code, err = last_words(monkeypatch, capsys, *inspect)
+    assert code == 3 and "leave such records out with --data.on-bad-record skip" in err
+    out = printed(monkeypatch, capsys, *inspect, "--data.on-bad-record", "skip")
+    sizes = [Path(name).stat().st_size for name in arguments[:2]]
+    assert f"text         fox.jsonl: {sum(sizes):,} bytes" in out
 
     out = printed(monkeypatch, capsys, "tokenizer", "encode", "fox.model", "the é\udcff")
     words = [line.split(None, 1)[1] for line in out.splitlines()]

@@ -283,6 +283,34 @@ def test_a_stream_that_is_closed_stops(talker):
     assert list(tokens) == []
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=2.0), Sampling(beams=3, temperature=0)])
+def test_ids_that_a_tokenizer_does_not_have_never_come(sampling):
+    """Of a vocabulary that was padded; without a tokenizer they come as all others."""
+    padded = dataclasses.replace(TALKER, vocab_size=512)
+    params = prepare(fresh(padded, jax.random.key(3)), padded)
+    sampling = dataclasses.replace(sampling, max_tokens=40)
+    prompts = [BYTES.encode(text).tolist() for text in ("begin", "and so", "it", "goes")]
+    given = (params, prompts, padded, sampling, KEY)
+    free = generate(*given, end=None)
+    kept = complete(*given, end=None, tokenizer=BYTES)
+    assert max(map(max, free)) >= BYTES.vocab_size > max(max(one.tokens) for one in kept)
+    assert all(one.text == BYTES.decode(one.tokens) for one in kept)
+    if sampling.beams == 1:
+        pieces = stream_text(params, prompts[0], *given[2:], end=None, tokenizer=BYTES)
+        assert "".join(pieces) == kept[0].text
+
+
+def test_the_samples_of_a_stream_are_those_of_a_batch(talker):
+    params, prompt, sampling, _ = talker
+    three = dataclasses.replace(sampling, num_samples=3)
+    whole = complete(params, [prompt], TALKER, three, KEY, end=None, tokenizer=BYTES)
+    for sample, one in enumerate(whole):
+        given = (params, prompt, TALKER, sampling, KEY)
+        pieces = stream_text(*given, end=None, tokenizer=BYTES, sample=sample)
+        assert "".join(pieces) == one.text
+    assert len({one.text for one in whole}) == 3
+
+
 # --- log-probabilities ---------------------------------------------------------------------------
 
 

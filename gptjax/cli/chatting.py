@@ -70,7 +70,10 @@ def _lines() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input: not UTF-8, {error}; give text") from error
         if not line:
             return
         if line.strip():

@@ -1,6 +1,7 @@
 """The verbs that write text: `gptjax generate | predict`."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ def generate(run_dir: str, given: Generate) -> None:
     problems = list(violations(sampling, model.vocab_size, model.context_size))
     if given.prompt and given.prompt_file:
         problems.append("--prompt and --prompt-file: give one of them")
+    problems += _unwritten("--prompt", given.prompt)
     refuse(problems)
     prompts = [given.prompt] if given.prompt_file is None else list(_lines(given.prompt_file))
     params, model, tokenizer = load_model(run_dir, given.step)
@@ -129,10 +131,22 @@ def _sampling(given: Generate) -> "Sampling":
 def _lines(path: str) -> Iterator[str]:
     """The lines of a file, or of standard input; empty ones are none."""
     try:
-        lines = sys.stdin.readlines() if path == "-" else Path(path).read_text().split("\n")
-    except UnicodeDecodeError as error:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        found = [line.rstrip("\r") for line in text.removeprefix("\ufeff").split("\n")]
+        text.encode()
+    except UnicodeError as error:
         raise ConfigError(f"--prompt-file {path}: not UTF-8, {error}; give text") from error
-    return filter(None, (line.rstrip("\r\n") for line in lines))
+    if not any(found):
+        raise ConfigError(f"--prompt-file {path}: holds no prompt; give one in each line")
+    return filter(None, found)
+
+
+def _unwritten(name: str, text: str) -> Iterator[str]:
+    """What is wrong with a text of the command line, if that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        yield f"{name}: not UTF-8 at byte {len(os.fsencode(text[: error.start]))}: give text"
 
 
 def _as_it_comes(prompt: str, given: Generate, sampling: "Sampling", params, model, tokenizer):
@@ -142,13 +156,13 @@ def _as_it_comes(prompt: str, given: Generate, sampling: "Sampling", params, mod
     from gptjax.decoding import stream_text
 
     ids, one = _ids(prompt, tokenizer), dataclasses.replace(sampling, num_samples=1)
+    key, end = jax.random.key(given.seed), tokenizer.end
     for sample in range(given.num_samples):
         if given.num_samples > 1:
             print(f"--- sample {sample + 1} of {given.num_samples} ---")
         print(prompt, end="", flush=True)
-        key = jax.random.fold_in(jax.random.key(given.seed), sample)
         for text in stream_text(
-            params, ids, model, one, key, end=tokenizer.end, tokenizer=tokenizer
+            params, ids, model, one, key, end=end, tokenizer=tokenizer, sample=sample
         ):
             print(text, end="", flush=True)
         print()
@@ -169,9 +183,10 @@ def _in_batches(
             [_ids(prompt, tokenizer) for prompt in batch],
             model,
             sampling,
-            jax.random.fold_in(jax.random.key(given.seed), start),
+            jax.random.key(given.seed),
             end=tokenizer.end,
             tokenizer=tokenizer,
+            numbers=range(start, start + len(batch)),
         )
         for i, completion in enumerate(completions):
             place = start + completion.prompt
@@ -220,6 +235,7 @@ def predict(run_dir: str, given: Predict) -> None:
             seed=given.seed,
         )
         return
+    refuse([*_unwritten("TEXT", given.text)])
     if given.task != read_task(run_dir):
         raise ConfigError("--task.*: it says how a file is read: give --out FILE for what is said")
     import numpy as np

@@ -163,6 +163,8 @@ def token_text(tokenizer: "Tokenizer", token: int) -> str:
     special = {tokenizer.end: "end of text", tokenizer.pad: "padding"}
     if token in special:
         return special[token]
+    if token >= tokenizer.vocab_size:  # of a padded vocabulary
+        return "no token"
     given = tokenizer.decode_bytes([token])
     try:
         return repr(given.decode())

@@ -1,9 +1,10 @@
 """The verbs of a tokenizer: `gptjax tokenizer train | inspect | encode`."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +16,23 @@ from gptjax.config import ConfigError, Count, DataConfig, Probability
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from gptjax.sources import DataError
+
 PIECE_BYTES = 1 << 22  # of a line that is learnt from at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How texts are read: what DataConfig has of it."""
+
+    exclude: tuple[str, ...] = ()  # globs; files whose path matches one are left out
+    # of files: auto goes by the ending, and takes those that have none of its own as text
+    format: Literal["auto", "text", "json", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    text_field: str = "text"  # of a record that has several fields, such as a line of JSON
+    tfds_split: str = "train"  # of tfds:NAME and Hugging Face data sets of several splits
+    tfds_dir: str | None = None  # where TFDS keeps data sets; None: as TFDS does
+    tfds_prepare: bool = False  # download and prepare a data set that is not there
+    on_bad_record: Literal["error", "skip"] = "error"  # skip: they are counted
 
 
 @dataclass(frozen=True)
@@ -24,12 +41,12 @@ class TrainTokenizer:
 
     more: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()
     out: str | None = None  # FILE.model, the new file
-    text_field: str = "text"  # of a record that has several fields, such as a line of JSON
     vocab_size: Count = 8000  # pieces, with 256 of bytes, and unknown, end and padding
     kind: Literal["unigram", "bpe"] = "unigram"
     character_coverage: Probability = 0.9995  # of the text has pieces; the rest becomes bytes
     split_digits: bool = False  # each digit is a piece of its own
     max_bytes: Count = 100 << 20  # of text that is learnt from; of more, a sample spread over it
+    data: TextConfig = field(default_factory=TextConfig)
     debug: bool = False  # show the traceback of an error
 
 
@@ -38,7 +55,7 @@ class InspectTokenizer:
     """Say what a tokenizer is, what it changes, and how many bytes of a text a token has."""
 
     text: tuple[str, ...] = ()  # as --data.path; one of each language perhaps
-    text_field: str = "text"  # of a record that has several fields, such as a line of JSON
+    data: TextConfig = field(default_factory=TextConfig)
     debug: bool = False  # show the traceback of an error
 
 
@@ -60,7 +77,7 @@ def train_tokenizer(first: str, given: TrainTokenizer) -> None:
         raise ConfigError(f"out = {given.out!r}: give the new file, as in --out text.model")
     with tqdm(desc="reading", unit="B", unit_scale=True) as bar:
         trained = train_sentencepiece(
-            _text_of((first, *given.more), given.text_field, bar, then="training"),
+            _text_of((first, *given.more), given.data, bar, then="training"),
             Path(given.out),
             vocab_size=given.vocab_size,
             kind=given.kind,
@@ -77,15 +94,17 @@ def train_tokenizer(first: str, given: TrainTokenizer) -> None:
 
 
 def _text_of(
-    paths: tuple[str, ...], text_field: str, bar: "tqdm", then: str = ""
+    paths: tuple[str, ...], how: TextConfig, bar: "tqdm", then: str = ""
 ) -> Iterator[bytes]:
     """The text of what paths name, in pieces that end where a line does; the bar says `then` at
-    the end.
+    the end, and before that how many records were bad.
     """
     from gptjax.sources import find_sources
 
-    sources = find_sources(DataConfig(path=paths, text_field=text_field))
-    for record in (record for source in sources for record in source.records()):
+    bad: list[DataError] = []
+    on_bad = bad.append if how.on_bad_record == "skip" else None
+    sources = find_sources(DataConfig(path=paths, **vars(how)))
+    for record in (record for source in sources for record in source.records(on_bad=on_bad)):
         left = b""
         for piece in record.pieces():
             bar.update(len(piece))
@@ -95,6 +114,8 @@ def _text_of(
                 yield left
                 left = b""
         yield left
+    if bad:
+        bar.write(f"skipped    {len(bad):,} bad records; the first: {bad[0]}", file=sys.stderr)
     bar.set_description_str(then)
 
 
@@ -115,7 +136,7 @@ def inspect_tokenizer(name: str, given: InspectTokenizer) -> None:
         num_bytes = num_tokens = 0
         start = time.perf_counter()
         with tqdm(desc=path, unit="B", unit_scale=True, leave=False) as bar:
-            for text in _text_of((path,), given.text_field, bar):
+            for text in _text_of((path,), given.data, bar):
                 num_bytes += len(text)
                 num_tokens += len(tokenizer.encode(text))
         speed = num_bytes / (time.perf_counter() - start) / 1e6
