@@ -89,7 +89,7 @@ def _shown(
 
 def _ids(model: Model, text: str) -> np.ndarray:
     """The ids of a text that begins a document."""
-    return np.concatenate([[model.tokenizer.end], model.tokenizer.encode(text)]).astype(np.int32)
+    return np.concatenate([[model.tokenizer.begin], model.tokenizer.encode(text)]).astype(np.int32)
 
 
 def _choose(

@@ -438,14 +438,15 @@ class ShardWriter:
             self._append(self._tokenizer.encode_batch(contents), texts)
 
     def _append(self, encoded: list[np.ndarray], texts: Iterable[Text]) -> None:
-        """Append documents, each led by its end-of-text token."""
-        lengths = np.array([1 + len(ids) for ids in encoded])
+        """Append documents, each led by its end-of-text token, and what else begins a text."""
+        lead = np.array([self._tokenizer.end, self._tokenizer.begin], np.int32)
+        lead = lead[: 1 + (self._tokenizer.begin != self._tokenizer.end)]
+        lengths = np.array([len(lead) + len(ids) for ids in encoded])
         self._offsets.append(self._tokens.size + np.cumsum(lengths) - lengths)
         self._origins.append(np.array([(text.source, text.position) for text in texts]))
-        end = np.array([self._tokenizer.end], np.int32)
         for ids in encoded:
             self._check(ids)
-        self._tokens.append(np.concatenate([part for ids in encoded for part in (end, ids)]))
+        self._tokens.append(np.concatenate([part for ids in encoded for part in (lead, ids)]))
 
     def _check(self, ids: np.ndarray) -> None:
         assert ids.min(initial=0) >= 0 and ids.max(initial=0) < self._tokenizer.vocab_size

@@ -643,7 +643,7 @@ class _Run:
         if self.labelled:
             self.conclude(state)
         if sample.max_tokens and not self.labelled:
-            prompt = [self.tokenizer.end, *self.tokenizer.encode(sample.prompt).tolist()]
+            prompt = [self.tokenizer.begin, *self.tokenizer.encode(sample.prompt).tolist()]
             sampling = Sampling(
                 max_tokens=sample.max_tokens,
                 temperature=sample.temperature,

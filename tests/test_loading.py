@@ -26,6 +26,8 @@ from gptjax.model import forward
 from gptjax.programs import load_programs
 from gptjax.rows import load_rows
 from gptjax.rundir import CheckpointError, read_run
+from gptjax.store import build_store
+from gptjax.tasks.pairs import encode_request
 from gptjax.tokenizer import ByteTokenizer, make_tokenizer
 from gptjax.train import fit
 
@@ -246,6 +248,40 @@ def test_ends_that_only_the_config_of_a_tokenizer_names(folder, tmp_path):
     options["pad_token"] = "<|im_end|>"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
     assert make_tokenizer(DataConfig(tokenizer=str(tmp_path))).pad == 258
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_a_token_that_begins_texts_does_so_wherever_one_is_shown(folder, tmp_path, in_sequence):
+    """As in the files of Llama; there, back, and kept by a run."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 258, "content": "<s>"})
+    begins = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
+        "pair": [],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [258], "tokens": ["<s>"]}},
+    }
+    several = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, begins]}
+    spec["post_processor"] = several if in_sequence else begins
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    ours = make_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+    assert (ours.begin, ours.end, ours.vocab_size) == (258, 256, 259)
+
+    ours.save(tmp_path / "kept")
+    (tmp_path / "hf").mkdir()
+    write_tokenizer(tmp_path / "hf", ours, GPTConfig(vocab_size=259))
+    for back in ("kept", "hf"):
+        again = make_tokenizer(DataConfig(tokenizer=str(tmp_path / back)))
+        assert (again.begin, again.end) == (258, 256)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.encode("ab") == [258, 97, 98]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (258, 256)
+
+    store = build_store(["ab", "c"], ours, tmp_path / "store")
+    tokens = store.read(np.array([0]), store.num_tokens, ours.pad)[0].tolist()
+    assert tokens == [256, 258, 97, 98, 256, 258, 99, 256]
+    assert encode_request("a", "b", ours).tokens.tolist() == [258, 97, 98]
 
 
 def test_tokens_that_were_added_to_two_files_are_kept(tmp_path):

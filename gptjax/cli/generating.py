@@ -216,7 +216,7 @@ def _print_logprobs(completion: "Completion", tokenizer: "Tokenizer") -> None:
 
 def _ids(prompt: str, tokenizer: "Tokenizer") -> list[int]:
     """The ids of a document that begins with a prompt."""
-    return [tokenizer.end, *tokenizer.encode(prompt).tolist()]
+    return [tokenizer.begin, *tokenizer.encode(prompt).tolist()]
 
 
 def predict(run_dir: str, given: Predict) -> None:

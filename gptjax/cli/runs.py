@@ -160,7 +160,8 @@ def _launched(environment: Mapping[str, str]) -> str:
 
 
 def token_text(tokenizer: "Tokenizer", token: int) -> str:
-    special = {tokenizer.end: "end of text", tokenizer.pad: "padding"}
+    special = {tokenizer.begin: "beginning of text", tokenizer.pad: "padding"}
+    special |= {tokenizer.end: "end of text"}
     if token in special:
         return special[token]
     if token >= tokenizer.vocab_size:  # of a padded vocabulary

@@ -128,7 +128,8 @@ def inspect_tokenizer(name: str, given: InspectTokenizer) -> None:
     tokenizer = make_tokenizer(DataConfig(tokenizer=name))
     print(f"kind         {tokenizer.kind}")
     print(f"ids          {tokenizer.vocab_size:,}")
-    print(f"special      end of text {tokenizer.end}, padding {tokenizer.pad}")
+    begin = f", beginning {tokenizer.begin}" if tokenizer.begin != tokenizer.end else ""
+    print(f"special      end of text {tokenizer.end}, padding {tokenizer.pad}{begin}")
     print(f"fingerprint  {tokenizer.fingerprint}")
     changes = tokenizer.normalises or ("nothing: every text, and every byte string, comes back",)
     print("changes      " + "\n             ".join(changes))

@@ -217,7 +217,7 @@ def _write(folder, architecture, config, params, tokenizer, dtype, shard_bytes, 
     write_tensors(folder, made_tensors(params, architecture, config), dtype, shard_bytes)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer:
-        ids = (tokenizer.end, tokenizer.end, tokenizer.pad)
+        ids = (tokenizer.begin, tokenizer.end, tokenizer.pad)
         special = {
             name: token if token < config.vocab_size else None
             for name, token in zip(special, ids, strict=True)

@@ -38,15 +38,17 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, config: GPTConfig) -> No
             names[token] = next(name for name in choices if name not in taken)
             spec["added_tokens"].append(added_token(token, names[token]))
     spec["added_tokens"].sort(key=lambda one: one["id"])
+    if tokenizer.begin != tokenizer.end:
+        spec["post_processor"] = _begins_with(names[tokenizer.begin], tokenizer.begin)
     content = json.dumps(spec, ensure_ascii=False)
     _check(content, tokenizer)
     (folder / "tokenizer.json").write_text(content)
-    end, pad = names.get(tokenizer.end), names.get(tokenizer.pad)
+    begin, end, pad = map(names.get, (tokenizer.begin, tokenizer.end, tokenizer.pad))
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context_size,
         "clean_up_tokenization_spaces": False,
-        "bos_token": end,
+        "bos_token": begin,
         "eos_token": end,
         "pad_token": pad,
         "unk_token": _unknown(spec["model"]),
@@ -70,6 +72,18 @@ def _spec(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _sentencepiece_spec(tokenizer)
     return raw_byte_spec()
+
+
+def _begins_with(name: str, token: int) -> dict[str, Any]:
+    """The post-processor that puts a special token before a text, and before the first of two."""
+    one, two = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+    special = {"SpecialToken": {"id": name, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, one],
+        "pair": [special, one, two],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }
 
 
 def _vocabulary(spec: dict[str, Any]) -> list[str]:

@@ -140,9 +140,10 @@ class Classification:
     def encode(
         self, example: Classified, tokenizer: Tokenizer, size: int, problems: Problems
     ) -> list[Encoded]:
-        """End-of-text, the text, end-of-text: the label is said at the last, which sees it all."""
+        """Beginning, text, end-of-text: the label is said at the last, which sees it all."""
         first = tokenizer.encode(example.text)
-        end, rest = np.int32([tokenizer.end]), np.zeros(0, np.int32)
+        begin, end = np.int32([tokenizer.begin]), np.int32([tokenizer.end])
+        rest = np.zeros(0, np.int32)
         if example.second is not None:
             rest = going_on(self.config.separator + example.second, tokenizer)
         words = -(-len(self.labels) // WORD_BITS) if self.several else 1
@@ -158,7 +159,7 @@ class Classification:
             parts = [(one.start, one.stop) for one in found]
         encoded = []
         for start, stop in parts:
-            tokens = joined([end, first[start:stop], rest, end])
+            tokens = joined([begin, first[start:stop], rest, end])
             # Words of bits need as many tokens.
             tokens = joined([np.repeat(end, max(words - len(tokens), 0)), tokens])
             encoded.append(self._encoded(example, tokens))

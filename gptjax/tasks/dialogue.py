@@ -113,7 +113,7 @@ class Dialogues:
         """The ids after which the assistant replies to messages."""
         turns = [joined(self.turn_ids(one, tokenizer)) for one in messages]
         opening, _ = self.turn_ids(Message("assistant", ""), tokenizer)
-        return joined([np.int32([tokenizer.end]), *turns, opening])
+        return joined([np.int32([tokenizer.begin]), *turns, opening])
 
     def fitting_ids(
         self, messages: Sequence[Message], tokenizer: Tokenizer, most: int
@@ -132,7 +132,7 @@ class Dialogues:
     def encode(
         self, example: Dialogue, tokenizer: Tokenizer, size: int, problems: Problems
     ) -> list[Encoded]:
-        """End-of-text and the messages. A dialogue that is too long becomes several; in each, the
+        """The beginning and the messages. A dialogue that is too long becomes several; in each, the
         messages that were shown before are shown again without a loss, as far as `overlap` goes.
         """
         turns = [self.turn_ids(one, tokenizer) for one in example.messages]
@@ -143,7 +143,7 @@ class Dialogues:
             return []
         encoded = []
         for start, counted, stop in found:
-            ids, counts = [np.int32([tokenizer.end])], [np.zeros(1)]
+            ids, counts = [np.int32([tokenizer.begin])], [np.zeros(1)]
             for number in range(start, stop):
                 learnt = number >= counted and example.messages[number].role == "assistant"
                 before, said = turns[number]

@@ -179,7 +179,7 @@ class Entities:
     def encode(
         self, example: Tagged, tokenizer: Tokenizer, size: int, problems: Problems
     ) -> list[Encoded]:
-        """End-of-text and the words; of `config.repeat`, twice. No token is of two words, and the
+        """The beginning and the words; of `config.repeat`, twice. No token is of two words, and the
         tag of a word is said at its last token, which sees all of it.
         """
         units = self._units(example.words, tokenizer)
@@ -216,7 +216,7 @@ class Entities:
     ) -> Encoded:
         start, counted, stop = window
         shown = joined(units[start:stop])
-        before = joined([np.int32([tokenizer.end])])
+        before = joined([np.int32([tokenizer.begin])])
         if self.config.repeat:
             before = joined([before, shown, separator])
         tokens = joined([before, shown])

@@ -148,7 +148,7 @@ def encode_request(prompt: str, target: str | None, tokenizer: Tokenizer) -> Enc
 
     Without a target, the prompt with weights of 0.
     """
-    shown = joined([np.int32([tokenizer.end]), tokenizer.encode(prompt)])
+    shown = joined([np.int32([tokenizer.begin]), tokenizer.encode(prompt)])
     said = np.zeros(0, np.int32) if target is None else going_on(target, tokenizer)
     ids = joined([shown, said, np.int32([tokenizer.end])])
     counts = np.arange(len(ids)) >= len(shown)

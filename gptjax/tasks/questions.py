@@ -205,7 +205,7 @@ class Questions:
     def encode(
         self, example: Question, tokenizer: Tokenizer, size: int, problems: Problems
     ) -> list[Encoded]:
-        """End-of-text, the question, a part of the text, end-of-text.
+        """The beginning, the question, a part of the text, end-of-text.
 
         The question comes first, for a token sees what is before it. In a window without the
         answer, and where there is none, the target is the last token. A question whose answers are
@@ -221,10 +221,10 @@ class Questions:
             return []
         answer = self._tokens_of(example, places, problems) if example.spans else None
         known = example.answers is not None and (bool(example.spans) or not example.answers)
-        end = np.int32([tokenizer.end])
+        opening, end = np.int32([tokenizer.begin]), np.int32([tokenizer.end])
         encoded = []
         for start, _, stop in found:
-            tokens = joined([end, question, context[start:stop], end])
+            tokens = joined([opening, question, context[start:stop], end])
             begin, last = 1 + len(question), len(tokens) - 1
             targets, weights = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
             inside = answer is not None and start <= answer[0] and answer[1] < stop

@@ -13,7 +13,7 @@ from gptjax.tokenizer.files import read_json, read_whole
 from gptjax.tokenizer.pieces import ASCII_SPACES, LONE_BREAKS, SPACES, WORD_START, PieceTokenizer
 
 END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|end|>")
-NAMED = "gptjax"  # of our own part of a tokenizer.json that is kept: names of end and padding
+NAMED = "gptjax"  # of our own part of a tokenizer.json that is kept: names of special tokens
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<PAD>")
 
 # The texts that these patterns split are split before a lone space, and after a lone line break,
@@ -67,6 +67,7 @@ class BPETokenizer(PieceTokenizer):
             special={token: name for token, name in special.items() if name != unknown},
             end=_first_named((given.named.get("end"), *END_NAMES), special),
             pad=_first_named((given.named.get("pad"), *PAD_NAMES), special),
+            begin=_first_named((given.named.get("begin"),), special),
             normalises=normalises,
             byte_ids=np.array([given.vocab[name] for name in alphabet], np.int32),
             apart="",
@@ -81,7 +82,7 @@ class _Spec(NamedTuple):
     """What a tokenizer.json says."""
 
     spec: dict  # all of it
-    named: dict[str, str]  # of our own: which special tokens are end and padding
+    named: dict[str, str]  # of our own: which special tokens are end, padding and beginning
     library: Any  # the tokenizer that it makes
     names: list[str]  # of every id
     normalizers: list[dict]
@@ -229,11 +230,12 @@ def _encode_fast(library: Any, texts: list[bytes]) -> list[np.ndarray]:
 
 
 def _steps(step: dict | None) -> Iterator[dict]:
-    """The parts of a normaliser or pre-tokeniser that may be a sequence."""
+    """The parts of a normaliser, pre-tokeniser or post-processor that may be a sequence."""
     if step is None:
         return
     if step["type"] == "Sequence":
-        for one in step.get("normalizers") or step.get("pretokenizers") or []:
+        names = ("normalizers", "pretokenizers", "processors")
+        for one in next((step[name] for name in names if step.get(name)), []):
             yield from _steps(one)
     else:
         yield step
@@ -322,7 +324,8 @@ def _byte_alphabet() -> list[str]:
 def read_bpe(path: Path) -> bytes:
     """The content of a `tokenizer.json`, less what has no part in text becoming ids.
 
-    That is truncation, padding, the special tokens that a post-processor adds, and dropout.
+    That is truncation, padding, the special tokens that a post-processor adds, but for the name of
+    one that begins a text, and dropout.
 
     Raises:
       ConfigError: if it is not one, or not of BPE.
@@ -341,13 +344,23 @@ def read_bpe(path: Path) -> bytes:
         )
     fixed = {"truncation": None, "padding": None, "post_processor": None}
     parts = {"normalizer": None, "pre_tokenizer": None, "added_tokens": []}
+    begin = _begin_name(spec)
     spec = parts | spec | fixed | {"model": model | {"dropout": None}}
-    return _canonical(spec | _named(path.parent, spec["added_tokens"]))
+    return _canonical(spec | _named(path.parent, spec["added_tokens"], begin))
 
 
-def _named(folder: Path, added: list[dict]) -> dict[str, dict[str, str]]:
+def _begin_name(spec: dict) -> str | None:
+    """The special token that a post-processor puts before a text."""
+    templates = [
+        one for one in _steps(spec.get("post_processor")) if one["type"] == "TemplateProcessing"
+    ]
+    first = next((one["single"][0] for one in templates if one.get("single")), {})
+    return first.get("SpecialToken", {}).get("id")
+
+
+def _named(folder: Path, added: list[dict], begin: str | None) -> dict[str, dict[str, str]]:
     """What the tokenizer_config.json beside a tokenizer.json names end and padding, where the names
-    that we know would be others.
+    that we know would be others; and what begins a text, where that is not the end.
     """
     path = folder / "tokenizer_config.json"
     given = read_json(path) if path.is_file() else {}
@@ -361,6 +374,8 @@ def _named(folder: Path, added: list[dict]) -> dict[str, dict[str, str]]:
         if token in special.values() and token not in (ours, end):
             named[name] = token
         end = end or named.get(name, ours)
+    if begin in special.values() and begin != end:
+        named["begin"] = begin
     return {NAMED: named} if named else {}
 
 

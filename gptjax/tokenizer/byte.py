@@ -28,6 +28,10 @@ class ByteTokenizer:
         return type(self), ()
 
     @property
+    def begin(self) -> int:
+        return self.end
+
+    @property
     def bytes_per_token(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
 

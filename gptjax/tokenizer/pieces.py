@@ -68,6 +68,7 @@ class PieceTokenizer:
         special: dict[int, str],
         end: int | None,
         pad: int | None,
+        begin: int | None = None,
         normalises: list[str],
         byte_ids: np.ndarray,
         apart: str,
@@ -83,6 +84,7 @@ class PieceTokenizer:
           table: what each id stands for.
           special: what is spelled as ids that no text may become.
           end, pad: None if there is none yet.
+          begin: None if texts begin with end.
           normalises: what is changed, by what the file says.
           byte_ids: of each byte; needed if nothing is normalised.
           apart: characters that the library would change.
@@ -98,6 +100,7 @@ class PieceTokenizer:
         self._table = [*table]
         self.end = self._special(end)
         self.pad = self._special(pad)
+        self.begin = self.end if begin is None else begin
         self.vocab_size = len(self._table)
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.bytes_per_token = np.array([len(piece) for piece in self._table], np.int32)

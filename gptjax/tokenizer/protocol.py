@@ -14,6 +14,7 @@ class Tokenizer(Protocol):
     kind: str  # bytes, sentencepiece or bpe
     vocab_size: int
     end: int  # special: ends a text, and so begins the next
+    begin: int  # special: begins a text, where that has a token of its own, as Llama's; else end
     pad: int  # special: fills a row
     fingerprint: str  # SHA-256 in hex; two tokenizers with the same one map every text alike
     bytes_per_token: np.ndarray  # [vocab_size] int32: bytes of text an id stands for; special: 0
