@@ -16,7 +16,7 @@ from small import PLAIN, fresh
 
 import gptjax
 from gptjax import cli
-from gptjax.config import Config, DataConfig, GPTConfig, OptimizerConfig, SampleConfig
+from gptjax.config import Config, ConfigError, DataConfig, GPTConfig, OptimizerConfig, SampleConfig
 from gptjax.data import batch_at
 from gptjax.hf import save_hf
 from gptjax.hf.tokenizers import write_tokenizer
@@ -282,6 +282,23 @@ def test_a_token_that_begins_texts_does_so_wherever_one_is_shown(folder, tmp_pat
     tokens = store.read(np.array([0]), store.num_tokens, ours.pad)[0].tolist()
     assert tokens == [256, 258, 97, 98, 256, 258, 99, 256]
     assert encode_request("a", "b", ours).tokens.tolist() == [258, 97, 98]
+
+
+def test_two_files_are_read_as_their_class_reads_them(folder, tmp_path):
+    """With a space before a text where that is asked for; not at all as another kind."""
+    alphabet = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (tmp_path / "vocab.json").write_text(json.dumps(alphabet | {"<|endoftext|>": 256}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    config = tmp_path / "tokenizer_config.json"
+    for prefix in (False, True):
+        options = {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": prefix}
+        config.write_text(json.dumps(options))
+        ours = make_tokenizer(DataConfig(tokenizer=str(tmp_path)))
+        assert ours.encode("ab").tolist() == [*ours.encode(" ").tolist()[:prefix], *b"ab"]
+        assert bool(ours.normalises) is prefix
+    config.write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    with pytest.raises(ConfigError, match=r"a Qwen2Tokenizer, which .* give its tokenizer.json"):
+        make_tokenizer(DataConfig(tokenizer=str(tmp_path)))
 
 
 def test_tokens_that_were_added_to_two_files_are_kept(tmp_path):

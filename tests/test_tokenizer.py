@@ -548,6 +548,7 @@ def test_half_a_file_is_no_tokenizer(tokenizers, tmp_path, name):
         ),
         ("folder/words.json", "words.json: a model of type WordPiece; give one of type BPE"),
         ("folder/list.json", "list.json: not a JSON object"),
+        ("tiktoken.model", "a file of tiktoken, as Llama 3's, not of SentencePiece"),
     ],
 )
 def test_names_that_are_no_tokenizer(tmp_path, monkeypatch, name, words):
@@ -559,6 +560,7 @@ def test_names_that_are_no_tokenizer(tmp_path, monkeypatch, name, words):
     (folder / "table.json").write_text('{"a": 0}')
     (folder / "words.json").write_text('{"model": {"type": "WordPiece", "vocab": {}}}')
     (folder / "list.json").write_text("[1]")
+    Path("tiktoken.model").write_text("IQ== 0\nIg== 1\n")
     with pytest.raises(ConfigError, match=words):
         make_tokenizer(DataConfig(tokenizer=name))
 

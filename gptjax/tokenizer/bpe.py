@@ -362,8 +362,7 @@ def _named(folder: Path, added: list[dict], begin: str | None) -> dict[str, dict
     """What the tokenizer_config.json beside a tokenizer.json names end and padding, where the names
     that we know would be others; and what begins a text, where that is not the end.
     """
-    path = folder / "tokenizer_config.json"
-    given = read_json(path) if path.is_file() else {}
+    given = read_options(folder)
     special = {one["id"]: one["content"] for one in added if one["special"]}
     named, end = {}, None
     for name, option, known in (("end", "eos_token", END_NAMES), ("pad", "pad_token", PAD_NAMES)):
@@ -387,6 +386,13 @@ def read_gpt2(vocab_path: Path, merges_path: Path) -> bytes:
     Raises:
       ConfigError: if one is not whole, or they are not of one tokenizer.
     """
+    given = read_options(vocab_path.parent)
+    name = str(given.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    if name not in TWO_FILES:
+        raise ConfigError(
+            f"{vocab_path.parent}: a {name}, which does not take texts apart as GPT-2's does: give "
+            f"its tokenizer.json; two files are read of {', '.join(TWO_FILES)}"
+        )
     vocab = read_json(vocab_path)
     merges = _read_merges(merges_path)
     words = any(name.endswith(WORD_END) for name in vocab)
@@ -403,12 +409,24 @@ def read_gpt2(vocab_path: Path, merges_path: Path) -> bytes:
         raise ConfigError(f"{merges_path}: {what}; copy both files again, from the same tokenizer")
     added = {vocab[name]: added_token(vocab[name], name) for name in special}
     added |= _read_added(vocab_path.parent)
-    build = word_end_spec if words else byte_level_spec
-    return _canonical(build(vocab, merges, [added[token] for token in sorted(added)]))
+    extra = [added[token] for token in sorted(added)]
+    if words:
+        return _canonical(word_end_spec(vocab, merges, extra))
+    prefix = bool(given.get("add_prefix_space"))
+    return _canonical(byte_level_spec(vocab, merges, extra, add_prefix_space=prefix))
+
+
+def read_options(folder: Path) -> dict[str, Any]:
+    """What the tokenizer_config.json of a folder says, if there is one."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 WORD_END = "</w>"  # of pieces of GPT-1
 UNKNOWN = "<unk>"
+# The classes of Transformers whose vocab.json and merges.txt are used as GPT-2's, or as GPT-1's.
+TWO_FILES = ("GPT2Tokenizer", "OpenAIGPTTokenizer", "CodeGenTokenizer", "RobertaTokenizer")
+TWO_FILES += ("BartTokenizer",)
 
 
 def _read_merges(path: Path) -> list[list[str]]:
@@ -428,8 +446,8 @@ def _read_merges(path: Path) -> list[list[str]]:
 
 def _read_added(folder: Path) -> dict[int, dict]:
     """The tokens that were added to two files, by their ids."""
-    config_path, added_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    if config_path.is_file() and (given := read_json(config_path).get("added_tokens_decoder")):
+    added_path = folder / "added_tokens.json"
+    if given := read_options(folder).get("added_tokens_decoder"):
         return {int(token): added_token(int(token), **one) for token, one in given.items()}
     if not added_path.is_file():
         return {}
@@ -447,11 +465,17 @@ def added_token(token: int, content: str, special: bool = True, **flags: bool) -
     return {"id": token, "content": content, **off, **flags, "special": special}
 
 
-def byte_level_spec(vocab: dict[str, int], merges: list[list[str]], added: list[dict]) -> dict:
+def byte_level_spec(
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    added: list[dict],
+    *,
+    add_prefix_space: bool = False,
+) -> dict:
     """A tokenizer.json of byte-level BPE, as GPT-2's."""
     byte_level = {
         "type": "ByteLevel",
-        "add_prefix_space": False,
+        "add_prefix_space": add_prefix_space,
         "trim_offsets": True,
         "use_regex": True,
     }

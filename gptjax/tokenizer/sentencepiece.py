@@ -110,6 +110,11 @@ class _Model(NamedTuple):
 
 
 def _read_model(content: bytes, where: str) -> _Model:
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
+        raise ConfigError(
+            f"{where}: a file of tiktoken, as Llama 3's, not of SentencePiece: give the "
+            "tokenizer.json of the same tokenizer"
+        )
     try:
         spec = dict(_fields(content))
         trainer, normalizer = dict(_fields(spec[2])), dict(_fields(spec[3]))
