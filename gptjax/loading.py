@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from gptjax.hf import (
     load_hf,
     read_adapters,
     read_hf_config,
+    read_hf_delimit,
     read_hf_labels,
 )
 from gptjax.hf.weights import by_path
@@ -98,17 +100,24 @@ def read_model(where: Path) -> tuple[GPTConfig, Tokenizer | None]:
         raise CheckpointError(f"{where}: its tokenizer cannot be read: {error}") from error
 
 
-def task_of(where: Path) -> tuple[str | None, tuple[str, ...]]:
-    """The kind of task that a run or folder has learnt, None if none; and its labels, in the order
-    of its head's outputs.
-    """
+class Learnt(NamedTuple):
+    """What a run or folder has learnt of a task."""
+
+    kind: str | None  # None: nothing
+    labels: tuple[str, ...]  # in the order of its head's outputs
+    delimit: bool  # `task.delimit`
+
+
+def task_of(where: Path) -> Learnt:
+    """The task that a run or folder has learnt."""
     if is_peft(where):
         found = adapters_of(where)
-        return found.task, found.labels
+        return Learnt(found.task, found.labels, found.delimit)
     if is_hf(where):
-        return read_hf_labels(where)
+        kind, labels = read_hf_labels(where)
+        return Learnt(kind, labels, kind is None or read_hf_delimit(where))
     task = read_run(where)[0].task
-    return task.kind, task.labels
+    return Learnt(task.kind, task.labels, task.delimit)
 
 
 def _root(where: Path) -> Path:
@@ -120,7 +129,8 @@ def _root(where: Path) -> Path:
 
 def adapters_of(where: Path) -> Adapters:
     """What a folder of PEFT holds."""
-    return read_adapters(where, read_model(base_of(where))[0])
+    base = base_of(where)
+    return read_adapters(where, read_model(base)[0], task_of(base).labels)
 
 
 def load_params(where: Path, config: GPTConfig, mesh: Mesh, step: int | None = None) -> Params:
@@ -199,22 +209,43 @@ def begin_with(where: Path, config: Config, mesh: Mesh, own: Params) -> Callable
     own = {name: own[name] for name in ("head", "lora") if name in own}
     if model.head == "lm" and "lora" not in own:
         return lambda: load_params(where, model, mesh)
-    there, fresh = read_model(where)[0], jax.tree.map(jnp.copy, own)
-    same = (there.head, there.num_labels) == (model.head, model.num_labels)
-    same &= model.head == "span" or task_of(where)[1] == config.task.labels
+    order, fresh = _order_of_labels(where, config), jax.tree.map(jnp.copy, own)
     if not _goes_on(where, config.tune):
-        return lambda: _with_head(load_params(where, model, mesh), fresh, same=same)
+        return lambda: _with_head(load_params(where, model, mesh), fresh, order)
 
     def read() -> Params:
         params, _ = load_apart(where, model, mesh)
         lora = with_room(params["lora"], fresh["lora"])
-        return _with_head(params, fresh | {"lora": lora}, same=same)
+        return _with_head(params, fresh | {"lora": lora}, order)
 
     return read
 
 
-def about_adapters(where: Path, tune: TuneConfig) -> str:
-    """What becomes of the adapters that a run begins with, if there are some, as it says it."""
+def _order_of_labels(where: Path, config: Config) -> list[int] | None:
+    """Which outputs of the head of a run or folder those of a new run are; None if its head is of
+    another kind, or of other labels.
+    """
+    there, here = read_model(where)[0], config.model
+    if (there.head, there.num_labels) != (here.head, here.num_labels) or here.head == "lm":
+        return None
+    if here.head == "span":
+        return [0, 1]
+    theirs, ours = task_of(where).labels, config.task.labels
+    if {*theirs} != {*ours}:
+        return None
+    return [theirs.index(label) for label in ours]
+
+
+def about_origin(where: Path, config: Config) -> str:
+    """What becomes of the head and the adapters that a run begins with, as it says it."""
+    head = ""
+    if config.model.head != "lm":
+        known = _order_of_labels(where, config) is not None
+        head = ", its head among them" if known else ", under a new head"
+    return head + _about_adapters(where, config.tune)
+
+
+def _about_adapters(where: Path, tune: TuneConfig) -> str:
     if not is_peft(where):
         return ""
     if _goes_on(where, tune):
@@ -235,15 +266,18 @@ def _goes_on(where: Path, tune: TuneConfig) -> bool:
     return same and {*there.lora_targets} == {*tune.lora_targets}
 
 
-def _with_head(params: Params, fresh: Params, *, same: bool) -> Params:
-    """The parameters with a fresh head, but for its norm, and fresh adapters; a head of the `same`
-    kind they keep.
+def _with_head(params: Params, fresh: Params, order: list[int] | None) -> Params:
+    """The parameters with a fresh head, but for its norm, and fresh adapters; if there is an
+    `order` of the labels of the head that they have, with that.
     """
-    labels = () if same else ("label", "label_bias")
-    kept = {
-        name: leaf if name in labels else params["head"].get(name, leaf)
-        for name, leaf in fresh["head"].items()
-    }
+    kept = {name: params["head"].get(name, leaf) for name, leaf in fresh["head"].items()}
+    for name in ("label", "label_bias"):
+        if name in kept and order is None:
+            kept[name] = fresh["head"][name]
+        elif name in kept and order != sorted(order):
+            sharding, places = fresh["head"][name].sharding, np.array(order)
+            pick = jax.jit(lambda leaf, at=places: leaf[..., at], out_shardings=sharding)
+            kept[name] = pick(kept[name])
     return params | fresh | {"head": kept}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.best import best_of
-from gptjax.config import Config
+from gptjax.config import Config, TaskConfig
 from gptjax.metrics import read_metrics
+from gptjax.tasks.metrics import answer_scores
 
 MOST_ERRORS = 25  # that are shown
 MOST_LABELS = 30  # of a table of which is taken for which; of more, only the pairs are shown
@@ -62,11 +63,11 @@ def over_seeds(run_dirs: Sequence[Path], config: Config) -> str:
     return "\n".join(lines)
 
 
-def is_wrong(line: dict[str, Any]) -> bool:
-    """Whether what was said of an example is not what is right."""
+def is_wrong(line: dict[str, Any], task: TaskConfig = TaskConfig()) -> bool:  # noqa: B008
+    """Whether what was said of an example is not what is right; of a question, no exact match."""
     right, answer = line["right"], answered(line)
     if "passage" in line:  # of several right answers one is enough, or none where there is none
-        return answer not in (right or [""])
+        return answer_scores(right or [""], answer, task.answers)[0] < 1
     if "labels" in line:  # any number, in no order
         return {*answer} != {*right}
     return answer != right
@@ -86,8 +87,9 @@ def confusions(said: Sequence[dict[str, Any]]) -> Counter:
     return Counter((line["right"][0], line["label"]) for line in said if "label" in line)
 
 
-def tables(outcome: Outcome, labels: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
+def tables(outcome: Outcome, task: TaskConfig) -> list[tuple[str, list[list[str]]]]:
     """Titles, and tables whose first row is their header."""
+    labels = task.labels
     found = [("Figures", _figure_table(outcome))] if outcome.figures else []
     for name, said in outcome.said.items():
         counts = confusions(said)
@@ -100,7 +102,7 @@ def tables(outcome: Outcome, labels: Sequence[str]) -> list[tuple[str, list[list
             rows = [["right", "said", "times"]]
             rows += [[*pair, f"{n:,}"] for pair, n in pairs[:MOST_ERRORS]]
             found.append((f"Labels taken for others most often, task.{name}", rows))
-        wrong = [line for line in said if is_wrong(line)]
+        wrong = [line for line in said if is_wrong(line, task)]
         rows = [["where", "right", "said", "of"]]
         rows += [
             [line["where"], _short(line["right"]), _short(answered(line)), _short(line["shown"])]
@@ -135,7 +137,7 @@ def write_markdown(run_dir: Path, config: Config, outcome: Outcome) -> Path:
     parts = [f"# {config.name}\n"]
     if outcome.step is not None:  # without a validation split the last step is what there is
         parts.append(f"\nThe best step is {outcome.step:,}.\n")
-    for title, rows in tables(outcome, config.task.labels):
+    for title, rows in tables(outcome, config.task):
         header, *rest = [[_cell(text) for text in row] for row in rows]
         lines = [header, ["---"] * len(header), *rest]
         parts.append(f"\n## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines))

@@ -70,7 +70,7 @@ def page(run: Run) -> str:
         _tiles(run, said),
     ]
     if outcome := read_outcome(run.run_dir, run.config):
-        for title, rows in tables(outcome, run.config.task.labels):
+        for title, rows in tables(outcome, run.config.task):
             body += [f"<h2>{_text(title)}</h2>", _table(rows)]
     if run.goodput:
         body += ["<h2>What the time went to</h2>", _time_table(run.goodput)]

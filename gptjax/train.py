@@ -39,7 +39,7 @@ from gptjax.labelled import (
     predict,
     write_said,
 )
-from gptjax.loading import about_adapters, begin_with
+from gptjax.loading import about_origin, begin_with
 from gptjax.metrics import Log, read_metrics
 from gptjax.model import Params
 from gptjax.ready import Ready, make_ready
@@ -309,7 +309,7 @@ class _Run:
             if self.config.init_from is None:
                 return state
             origin = Path(self.config.init_from)
-            about = about_adapters(origin, self.config.tune)
+            about = about_origin(origin, self.config)
             self.log.say(f"begun      with the parameters of {origin}{about}")
             return with_params(state, begin_with(origin, self.config, self.mesh, state.params))
 

@@ -21,7 +21,7 @@ from test_hf import (
 from gptjax.config import Config, MeshConfig, TuneConfig
 from gptjax.hf import read_adapters, save_adapters, save_hf
 from gptjax.hf.weights import by_path
-from gptjax.loading import about_adapters, begin_with, load_apart, load_params, read_model, task_of
+from gptjax.loading import about_origin, begin_with, load_apart, load_params, read_model, task_of
 from gptjax.model import forward
 from gptjax.rundir import CheckpointError
 from gptjax.sharding import make_mesh
@@ -117,13 +117,24 @@ def test_heads_come_with_their_adapters(transformers, peft, tmp_path, name, kind
     given = {"task_type": kind, "target_modules": ["c_attn"], "fan_in_fan_out": True}
     theirs = written(transformers, peft, base, tmp_path, given, name)
     folder = tmp_path / "adapters"
-    task, labels = task_of(folder)
+    task, labels, delimit = task_of(folder)
+    assert not delimit  # they have learnt what Transformers shows
     config, _ = read_model(folder)
     assert len(labels) == (config.num_labels or 0) == options.get("num_labels", 0)
     tokens, lengths = ragged_tokens()
     params = load_params(folder, config, one_device())
     difference = our_logits(params, tokens, lengths, config, task) - head_logits(theirs, tokens)
     assert abs(difference).max() < 1e-4
+
+
+def test_names_and_kind_of_a_head_are_those_of_its_base(transformers, peft, tmp_path):
+    """PEFT keeps neither."""
+    options = {"id2label": {0: "good", 1: "bad"}, "problem_type": "multi_label_classification"}
+    base = head_model(transformers, "SequenceClassification", options)
+    given = {"task_type": "SEQ_CLS", "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    written(transformers, peft, base, tmp_path, given, "SequenceClassification")
+    assert task_of(tmp_path / "adapters").labels == ("good", "bad")
+    assert read_model(tmp_path / "adapters")[0].head == "labels"
 
 
 def ours(model, tune):
@@ -163,7 +174,7 @@ def test_ours_go_out_and_come_back_as_they_are(transformers, peft, tmp_path, tar
     whole = merged(params, Config(model=model, tune=tune))
     expected = our_logits(whole, tokens, lengths, model, task)
     assert abs(head_logits(theirs, tokens) - expected).max() < 1e-4
-    assert task_of(out) == (task, labels)
+    assert task_of(out) == (task, labels, True)
     back, again = load_apart(out, model, one_device())
     assert (again.lora_rank, again.lora_alpha) == (3, 7.0) and {*again.lora_targets} == {*targets}
     jax.tree.map(np.testing.assert_array_equal, back["lora"], params["lora"])
@@ -233,16 +244,15 @@ def test_adapters_go_on_where_a_run_trains_the_same_and_are_merged_elsewhere(fol
     mesh, model = one_device(), read_model(folder)[0]
     apart, _ = load_apart(folder, model, mesh)
     same = TuneConfig(lora_rank=2, lora_targets=("down", "query"))
-    assert about_adapters(folder, same) == ", whose adapters go on"
     config = Config(model=model, tune=same)
+    assert about_origin(folder, config) == ", whose adapters go on"
     own = init_all(config, jax.random.key(0))
     begun = begin_with(folder, config, mesh, own)()
     jax.tree.map(np.testing.assert_array_equal, begun, apart)
     other = replace(same, lora_rank=3)
-    assert "--tune.lora-rank 2 --tune.lora-alpha 16 --tune.lora-targets query down" in (
-        about_adapters(folder, other)
-    )
     config = replace(config, tune=other)
+    told = "--tune.lora-rank 2 --tune.lora-alpha 16 --tune.lora-targets query down"
+    assert told in about_origin(folder, config)
     own = init_all(config, jax.random.key(0))
     begun = begin_with(folder, config, mesh, own)()
     jax.tree.map(np.testing.assert_array_equal, begun["lora"], own["lora"])

@@ -171,6 +171,18 @@ def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tune, base
         assert np.array_equal(value, after[path]), path
     fit(replace(config, init_from=str(tmp_path / "tuned")), tmp_path / "again")
     assert np.array_equal(read(tmp_path / "again")["head/label"], after["head/label"])
+    # The head that is there is known by the names of its labels, in any order.
+    task = replace(config.task, labels=("warm", "cold"))
+    begun = replace(config, init_from=str(tmp_path / "tuned"), task=task)
+    fit(begun, tmp_path / "turned")
+    assert "its head among them" in capsys.readouterr().err
+    for path in ("head/label", "head/label_bias"):
+        turned = read(tmp_path / "turned")[path]
+        assert np.array_equal(turned, after[path][..., ::-1])
+        assert path == "head/label_bias" or not np.array_equal(turned, after[path])
+    task = replace(config.task, labels=("cold", "warm", "mild"))
+    fit(replace(begun, task=task), tmp_path / "more")
+    assert "under a new head" in capsys.readouterr().err
     run("evaluate", tmp_path / "tuned")
     figure = best_of(read_metrics(tmp_path / "tuned"), config).figure
     assert f"accuracy         {figure:.4f}" in capsys.readouterr().out
@@ -467,6 +479,7 @@ def test_what_is_wrong_of_each_kind():
     assert not is_wrong({"right": ["a", "b"], "labels": ["b", "a"]})  # they have no order
     assert not is_wrong({"right": ["O"], "tags": ["O"]})
     answer = {"passage": "x", "text": "x"}
+    assert not is_wrong(answer | {"right": ["The X."]})  # as exact match has it
     assert is_wrong(answer | {"right": ["y"]}) and not is_wrong(answer | {"right": ["y", "x"]})
     assert not is_wrong({"passage": "x", "text": "", "right": []})
 

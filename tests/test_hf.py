@@ -17,6 +17,7 @@ from small import MODERN, PLAIN, fresh
 from gptjax.config import MeshConfig
 from gptjax.hf import load_hf, read_hf_labels, save_hf
 from gptjax.hf.tensors import HEADER_BYTES, find_tensors, read_header
+from gptjax.loading import task_of
 from gptjax.model import forward
 from gptjax.rundir import CheckpointError
 from gptjax.sharding import make_mesh
@@ -383,6 +384,26 @@ def test_heads_that_no_architecture_holds(tmp_path):
     assert words in refused("classify", head="label", num_labels=3, pool="mean")
     assert "as model.width = 32" in refused(head="label", num_labels=40)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_head_of_one_label_is_no_class(transformers, tmp_path):
+    """Transformers takes it for regression, unless it says otherwise."""
+    head_model(transformers, "SequenceClassification", {"num_labels": 1}).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="one label and no problem_type, which is regression"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("delimit", [False, True])
+def test_how_examples_were_shown_goes_out_with_a_head(tmp_path, delimit):
+    config = replace(PLAIN, head="span")
+    params = jax.device_put(ours(config))
+    save_hf(tmp_path / "out", config, params, task="questions", delimit=delimit)
+    assert task_of(tmp_path / "out") == ("questions", (), delimit)
+    path = tmp_path / "out" / "config.json"
+    values = json.loads(path.read_text())
+    del values["task_specific_params"]
+    path.write_text(json.dumps(values))
+    assert not task_of(tmp_path / "out").delimit  # of others: as Transformers shows them
 
 
 def test_names_of_labels_that_are_no_list_are_refused(transformers, tmp_path):

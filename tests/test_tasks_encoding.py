@@ -273,6 +273,60 @@ def test_words_are_joined_as_their_script_is():
     assert BYTES.decode(one.tokens) == "Ann_Lee_saw_Rome_."
 
 
+HEADS = {
+    "IO": ("O", "PER", "LOC"),
+    "numbers": ("I-PER", "O", "I-LOC"),
+    "BIOES": ("O", *(f"{letter}-{kind}" for kind in ("PER", "LOC") for letter in "BIES")),
+    "underscores": ("B_LOC", "B_PER", "O", "I_LOC", "I_PER"),
+}
+
+
+@pytest.mark.parametrize("labels", HEADS.values(), ids=HEADS)
+def test_a_head_may_have_tags_of_any_scheme(labels):
+    """What it has learnt of a sentence, it says of it; where a scheme can tell."""
+    task = make_task(TaskConfig(kind="entities", labels=labels))
+    for example in SENTENCES[:2]:
+        (one,) = encode(task, example)
+        logits = np.eye(len(labels))[one.targets]
+        said = task.decode(example, [one], [logits])
+        assert tuple(said["tags"]) == example.tags
+        assert {one["kind"] for one in said["entities"]} <= {"PER", "LOC"}
+    assert task.metrics(SENTENCES[:1], [task.decode(SENTENCES[0], [], [])])["f1"] == 0
+
+
+def test_rare_tags_may_weigh_more():
+    task = make_task(TaskConfig(kind="entities", class_weights="balanced"))
+    example = Tagged("", ("a", "b", "c", "d"), ("O", "O", "O", "B-X"))
+    task = task.fitted([example])
+    assert task.labels == ("O", "B-X", "I-X")
+    (one,) = encode(task, example)
+    np.testing.assert_allclose(one.weights[one.units[:, 0]], [4 / 9] * 3 + [4 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["classify", "entities", "questions"])
+def test_examples_without_delimiters_are_bare(kind):
+    """As Transformers shows them; the label of a text is at its last token."""
+    examples = {
+        "classify": Classified("", "ab", None, ("x",)),
+        "entities": Tagged("", ("a", "b"), ("O", "B-PER")),
+        "questions": Question("", "0", "who?", "Ann Lee", ("Ann",), (Span(0, 3),)),
+    }
+    texts = {"classify": "ab", "entities": "a b", "questions": "who?\nAnn Lee"}
+    labels = {"classify": ("x", "y"), "entities": KINDS, "questions": ()}[kind]
+    config = TaskConfig(kind=kind, labels=labels, delimit=False)
+    (one,) = encode(make_task(config), examples[kind])
+    (same,) = encode(make_task(replace(config, delimit=True)), examples[kind])
+    assert one.tokens.tolist() == [*texts[kind].encode()]
+    begun = len(same.tokens) - (kind != "entities")
+    assert same.tokens[1:begun].tolist() == one.tokens.tolist()
+    said = same.targets[same.weights > 0].tolist()
+    assert one.targets[one.weights > 0].tolist() == said
+    if kind != "classify":
+        np.testing.assert_array_equal(one.units[:, 0] + 1, same.units[:, 0])
+    else:
+        assert one.units[0, 0] == 1
+
+
 def test_entities_can_be_written():
     task = make_task(TaskConfig(kind="entities", labels=KINDS))
     for example in SENTENCES[:2]:

@@ -426,7 +426,35 @@ def test_a_sentence_without_tags_can_be_asked_about(tmp_path):
     assert example.words == ("Ann", "sings") and example.tags is None
 
 
+@pytest.mark.parametrize("name", ["x.conll", "x.jsonl"])
+def test_tags_that_nobody_asks_for_stop_nothing(tmp_path, name):
+    """Of another scheme, of other kinds, too few, or none."""
+    lines = [{"words": ["a", "b"], "tags": tags} for tags in (["X", "?"], ["B-no", "O"], ["O"])]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if name == "x.conll":
+        text = "a\tX\nb\t?\n\na\tB-no\nb\tO\n\na\tI-PER\nb\tO\n"
+    (tmp_path / name).write_text(text)
+    labels = ("O", "B-PER", "I-PER")
+    column = "2" if name == "x.conll" else "tags"
+    task = make_task(TaskConfig(kind="entities", labels=labels, label_column=column))
+    problems = Problems("error", "FILE")
+    examples = list(task.read([str(tmp_path / name)], problems, labelled=False))
+    problems.refuse()
+    assert [one.words for one in examples] == [("a", "b")] * 3
+    assert all(one.tags is None for one in examples)
+
+
 # --- questions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answers", [[{"text": "gone", "answer_start": 0}], [], "x", [1], None])
+def test_answers_that_nobody_asks_for_stop_nothing(tmp_path, answers):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"context": "c", "question": "q", "answers": answers}) + "\n")
+    task, problems = make_task(TaskConfig(kind="questions")), Problems("error", "FILE")
+    (example,) = task.read([str(path)], problems, labelled=False)
+    problems.refuse()
+    assert (example.context, example.question, example.spans) == ("c", "q", ())
 
 
 def squad(path: Path, context: str, *questions: dict) -> Path:

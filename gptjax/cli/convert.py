@@ -49,7 +49,11 @@ class Export:
     debug: bool = False  # show the traceback of an error
 
 
-AS_WE_SHOW = "and rows as gptjax has them: end-of-text before them, and after all but tagged ones"
+# By `task.delimit`.
+AS_WE_SHOW = {
+    True: "and rows as gptjax has them: end-of-text before them, and after all but tagged ones",
+    False: "and texts as they are",
+}
 
 
 def convert(hf_folder: str, given: Convert) -> None:
@@ -83,8 +87,9 @@ def convert(hf_folder: str, given: Convert) -> None:
         params, tune = merged(params, Config(model=model, tune=tune)), TuneConfig()
     grown, params = with_end(model, params, tokenizer)
     data = DataConfig(tokenizer=str(run_dir / "tokenizer"))
-    kind, labels = task_of(folder)
-    task = TaskConfig(kind=kind, labels=labels, several=model.head == "labels")
+    kind, labels, delimit = task_of(folder)
+    several = model.head == "labels"
+    task = TaskConfig(kind=kind, labels=labels, several=several, delimit=delimit)
     base = str(base_of(folder)) if given.adapters else None
     config = Config(name=run_dir.name, model=grown, data=data, task=task, tune=tune, init_from=base)
     state = jit_init_state(config, mesh)(jax.random.key(0))
@@ -118,8 +123,11 @@ def export(run_dir: str, given: Export) -> None:
         save_programs(folder, config, params, batch_size=given.batch_size, dtype=given.dtype)
         print(f"programs   {folder}: prefill.bin, decode.bin, model.safetensors, programs.json")
         return
-    task, labels = (None, ()) if config.head == "lm" else task_of(Path(run_dir))
-    name = save_hf(folder, config, params, tokenizer, given.dtype, task=task, labels=labels)
+    task, labels, delimit = task_of(Path(run_dir))
+    if config.head == "lm":
+        task, labels = None, ()
+    given = (folder, config, params, tokenizer, given.dtype)
+    name = save_hf(*given, task=task, labels=labels, delimit=delimit)
     print(f"folder     {folder}: a {name}, read again and compared")
     if config.head == "lm":
         print(
@@ -127,7 +135,7 @@ def export(run_dir: str, given: Export) -> None:
             f"print(pipeline('text-generation', '{folder}')('TEXT'))\""
         )
     else:
-        print(f"next       transformers.{name}.from_pretrained('{folder}'), {AS_WE_SHOW}")
+        print(f"next       transformers.{name}.from_pretrained('{folder}'), {AS_WE_SHOW[delimit]}")
 
 
 def _export_adapters(run_dir: Path, given: Export) -> None:
@@ -164,8 +172,12 @@ def _export_adapters(run_dir: Path, given: Export) -> None:
         )
     head = config.model.head != "lm"
     task, labels = (config.task.kind, config.task.labels) if head else (None, ())
+    delimit = config.task.delimit
     name, ranks = save_adapters(
-        folder, config.model, tune, params, base, given.dtype, task=task, labels=labels
+        *(folder, config.model, tune, params, base, given.dtype),
+        task=task,
+        labels=labels,
+        delimit=delimit,
     )
     words = ", ".join(f"{module} of rank {rank}" for module, rank in ranks.items())
     print(f"folder     {folder}: adapters of a {name}: {words}")

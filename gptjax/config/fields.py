@@ -214,6 +214,9 @@ class TaskConfig:
     several: bool = False  # classify: a record has any number of labels
     label_separator: str = ","  # between several labels in a cell; a list in JSON needs none
     class_weights: Literal["equal", "balanced"] = "equal"  # balanced: 1 / share of the label
+    # of classes, entities and questions: an example is shown with the token that begins a text
+    # before it, and end-of-text after it, but for entities. False: bare, as Transformers shows it
+    delimit: bool = True
     separator: str = "\n"  # between a text and the second, a question and its text, and repetitions
 
     scheme: Literal["iob1", "iob2", "bioes", "io"] = "iob2"  # entities: of the files' tags

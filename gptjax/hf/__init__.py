@@ -15,7 +15,14 @@ from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig, MeshConfig, TuneConfig
 from gptjax.hf.adapters import Adapters, base_of, is_peft, read_adapters, write_adapters
-from gptjax.hf.architectures import Architecture, closest, label_names, read_model
+from gptjax.hf.architectures import (
+    Architecture,
+    closest,
+    delimit_said,
+    label_names,
+    read_model,
+    says_delimit,
+)
 from gptjax.hf.tensors import find_tensors, read_object, write_tensors
 from gptjax.hf.tokenizers import write_tokenizer
 from gptjax.hf.weights import (
@@ -38,6 +45,7 @@ __all__ = [
     "load_hf",
     "read_adapters",
     "read_hf_config",
+    "read_hf_delimit",
     "read_hf_labels",
     "save_adapters",
     "save_hf",
@@ -60,6 +68,13 @@ def read_hf_config(folder: Path) -> GPTConfig:
       CheckpointError: if there is none, or it cannot be read.
     """
     return _read_config(folder)[1]
+
+
+def read_hf_delimit(folder: Path) -> bool:
+    """Whether a folder's head has learnt examples between delimiters, as `task.delimit` has it:
+    only one of ours, which says so.
+    """
+    return says_delimit(read_object(folder / "config.json"))
 
 
 def read_hf_labels(folder: Path) -> tuple[str | None, tuple[str, ...]]:
@@ -130,6 +145,7 @@ def save_hf(
     *,
     task: str | None = None,
     labels: Sequence[str] = (),
+    delimit: bool = True,
 ) -> str:
     """Write a folder that Transformers opens as it is; its class there.
 
@@ -144,6 +160,7 @@ def save_hf(
       shard_bytes: most bytes of a file of tensors.
       task: `task.kind` of a head of labels: "entities" if it tags each token.
       labels: their names, in the order of the head's outputs; (): they are numbered.
+      delimit: `task.delimit` of what the head has learnt, which is written for `load_hf` alone.
     Raises:
       CheckpointError: if no architecture holds the model, with the options in the way; if the
         folder is not empty; or if what was written is not the model. Then nothing is left.
@@ -151,7 +168,8 @@ def save_hf(
     architecture = closest(config, task)
     params = without_label_bias(params, architecture) if params else params
     with _whole(Path(folder).absolute()) as new:
-        _write(new, architecture, config, params, tokenizer, dtype, shard_bytes, labels)
+        given = (new, architecture, config, params, tokenizer, dtype, shard_bytes)
+        _write(*given, labels, delimit)
         _check(new, config, params, dtype)
     return architecture.name
 
@@ -166,6 +184,7 @@ def save_adapters(
     *,
     task: str | None = None,
     labels: Sequence[str] = (),
+    delimit: bool = True,
 ) -> tuple[str, dict[str, int]]:
     """Write adapters alone, with the head of a task, as PEFT opens them on their base.
 
@@ -177,7 +196,7 @@ def save_adapters(
       base: the run, or the folder of Transformers, whose weights they change.
       dtype: of the tensors.
       task: as of `save_hf`.
-      labels: likewise.
+      labels, delimit: likewise.
     Returns:
       the class of the model in Transformers, and the rank of each kind of module that has an
       adapter.
@@ -190,7 +209,7 @@ def save_adapters(
     params = without_label_bias(params, architecture)
     with _whole(Path(folder).absolute()) as new:
         given = (new, architecture, config, tune, params, dtype)
-        ranks = write_adapters(*given, base=base, labels=labels)
+        ranks = write_adapters(*given, base=base, labels=labels, delimit=delimit)
     return architecture.name, ranks
 
 
@@ -213,7 +232,9 @@ def _whole(folder: Path) -> Iterator[Path]:
     sync(folder.parent)
 
 
-def _write(folder, architecture, config, params, tokenizer, dtype, shard_bytes, labels) -> None:
+def _write(
+    folder, architecture, config, params, tokenizer, dtype, shard_bytes, labels, delimit
+) -> None:
     write_tensors(folder, made_tensors(params, architecture, config), dtype, shard_bytes)
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer:
@@ -225,6 +246,8 @@ def _write(folder, architecture, config, params, tokenizer, dtype, shard_bytes, 
         write_tokenizer(folder, tokenizer, config)
     options = {"architectures": [architecture.name], "model_type": architecture.model_type}
     options |= architecture.write(config) | special | {"dtype": dtype, "torch_dtype": dtype}
+    if config.head != "lm":
+        options |= delimit_said(delimit)
     if config.num_labels:
         names = labels or label_names({"num_labels": config.num_labels})
         options["id2label"] = dict(enumerate(names))

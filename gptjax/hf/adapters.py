@@ -25,7 +25,9 @@ from gptjax.hf.architectures import (
     UNEMBEDDING,
     Architecture,
     closest,
+    delimit_said,
     label_names,
+    says_delimit,
 )
 from gptjax.hf.tensors import FLOATS, Made, Tensor, read_header, read_object, write_file
 from gptjax.hf.weights import by_path, made_tensors
@@ -33,7 +35,7 @@ from gptjax.model import Params, param_letters
 from gptjax.rundir import CheckpointError, sync
 
 CONFIG_NAME, FILE_NAME = "adapter_config.json", "adapter_model.safetensors"
-LABELS_NAME = "labels.json"  # their names, which PEFT has no place for, as config.json has them
+LABELS_NAME = "labels.json"  # what config.json says of a head, which PEFT has no place for
 PREFIX = "base_model.model."  # of the names of all tensors
 TASK_TYPES = {
     "CAUSAL_LM": None,
@@ -69,6 +71,7 @@ class Adapters(NamedTuple):
     head: dict[str, np.ndarray]  # parameters of the head that they bring, by path
     task: str | None  # what that head is for
     labels: tuple[str, ...]
+    delimit: bool  # `task.delimit` of what it has learnt
 
 
 def is_peft(folder: Path) -> bool:
@@ -130,6 +133,7 @@ def write_adapters(
     *,
     base: Path,
     labels: Sequence[str],
+    delimit: bool,
 ) -> dict[str, int]:
     """Write adapters and, of a task, the head; the rank of each kind of module.
 
@@ -170,9 +174,12 @@ def write_adapters(
     }
     write_file(folder / FILE_NAME, tensors, dtype)
     _write_json(folder / CONFIG_NAME, options)
-    if labels:
-        kind = {"problem_type": PROBLEM_TYPES[config.head]}
-        _write_json(folder / LABELS_NAME, kind | {"id2label": dict(enumerate(labels))})
+    if architecture.task is not None:
+        said = delimit_said(delimit)
+        if labels:
+            said |= {"problem_type": PROBLEM_TYPES[config.head]}
+            said |= {"id2label": dict(enumerate(labels))}
+        _write_json(folder / LABELS_NAME, said)
     return {_suffix(module): rank for module, rank in counts.items()}
 
 
@@ -254,11 +261,12 @@ def _module(name: str) -> str:
 # --- in ------------------------------------------------------------------------------------------
 
 
-def read_adapters(folder: Path, base: GPTConfig) -> Adapters:
+def read_adapters(folder: Path, base: GPTConfig, base_labels: Sequence[str] = ()) -> Adapters:
     """The adapters of a folder.
 
     Args:
       base: the model whose weights they change.
+      base_labels: the names of the labels of its head, which are theirs if they name none.
     Raises:
       CheckpointError: if the folder cannot be read, means more than LoRA, or is of another model;
         the message names every tensor that does not fit.
@@ -293,8 +301,18 @@ def read_adapters(folder: Path, base: GPTConfig) -> Adapters:
         lora={name: _shaped(one, model, name, rank) for name, one in lora.items()},
         head=_read_head(arrays, architecture, model, path),
         task=architecture.task,
-        labels=label_names({"num_labels": model.num_labels} | labels) if model.num_labels else (),
+        labels=_names(model, labels, base_labels),
+        delimit=architecture.task is None or says_delimit(labels),
     )
+
+
+def _names(model: GPTConfig, said: dict[str, Any], base_labels: Sequence[str]) -> tuple[str, ...]:
+    """The names of the labels of the head that adapters bring."""
+    if not model.num_labels:
+        return ()
+    if "id2label" not in said and len(base_labels) == model.num_labels:
+        return tuple(base_labels)
+    return label_names({"num_labels": model.num_labels} | said)
 
 
 def _option_problems(options: dict[str, Any]) -> Iterator[str]:
@@ -334,7 +352,8 @@ def _with_head(
         )
     if task == "questions":
         return replace(base, head="span", num_labels=None)
-    several = labels.get("problem_type") == PROBLEM_TYPES["labels"]
+    said = labels.get("problem_type")
+    several = said == PROBLEM_TYPES["labels"] or (said is None and base.head == "labels")
     return replace(base, head="labels" if several else "label", num_labels=tensors[name].shape[0])
 
 

@@ -199,6 +199,11 @@ _GPT2_TRUNK = {path: place for path, place in _GPT2_PLACES.items() if path != UN
 
 
 def _read_labels(given: dict[str, Any]) -> GPTConfig:
+    if given["problem_type"] is None and len(label_names(given)) == 1:
+        raise CheckpointError(
+            "config.json: it has one label and no problem_type, which is regression: give a head "
+            "of classes, whose id2label names two or more"
+        )
     head = "labels" if given["problem_type"] == PROBLEM_TYPES["labels"] else "label"
     return replace(_read_gpt2(given), head=head, num_labels=len(label_names(given)))
 
@@ -625,6 +630,17 @@ def read_model(values: dict[str, Any]) -> tuple[Architecture, GPTConfig]:
     if problems:
         raise CheckpointError("config.json: " + "; ".join(problems))
     return architecture, config
+
+
+def delimit_said(delimit: bool) -> dict[str, Any]:
+    """How a config.json says `task.delimit`, which Transformers passes over."""
+    return {"task_specific_params": {"gptjax": {"delimit": delimit}}}
+
+
+def says_delimit(values: dict[str, Any]) -> bool:
+    """What it says of that; nothing is False."""
+    ours = (values.get("task_specific_params") or {}).get("gptjax") or {}
+    return bool(ours.get("delimit", False))
 
 
 def label_names(values: dict[str, Any]) -> tuple[str, ...]:

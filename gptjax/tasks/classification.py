@@ -27,6 +27,8 @@ from gptjax.tasks.task import (
     Encoded,
     Prediction,
     Request,
+    balanced,
+    delimiters,
     going_on,
     joined,
     space_between,
@@ -130,9 +132,8 @@ class Classification:
         labels = self.labels or self.config.labels or tuple(sorted(counts, key=_natural))
         weights = ()
         if self.config.class_weights == "balanced":
-            # Of mean 1 over the examples, as scikit-learn has it.
-            seen = [counts[label] or 1 for label in labels]
-            weights = tuple(sum(counts.values()) / len(labels) / count for count in seen)
+            of_label = Counter({number: counts[label] for number, label in enumerate(labels)})
+            weights = balanced(of_label, len(labels))
         return replace(self, labels=labels, weights=weights)
 
     # --- tokens and outputs --------------------------------------------------------------------
@@ -141,17 +142,16 @@ class Classification:
         self, example: Classified, tokenizer: Tokenizer, size: int, problems: Problems
     ) -> list[Encoded]:
         """Beginning, text, end-of-text: the label is said at the last, which sees it all."""
-        first = tokenizer.encode(example.text)
-        begin, end = np.int32([tokenizer.begin]), np.int32([tokenizer.end])
-        rest = np.zeros(0, np.int32)
+        first, rest = tokenizer.encode(example.text), np.zeros(0, np.int32)
+        begin, end = delimiters(self.config, tokenizer)
         if example.second is not None:
             rest = going_on(self.config.separator + example.second, tokenizer)
         words = -(-len(self.labels) // WORD_BITS) if self.several else 1
-        room = size - 2 - len(rest)
+        room = size - len(begin) - len(end) - len(rest)
         if len(first) <= room:
             parts = [(0, len(first))]
         elif self.config.too_long != "window" or room < 1 or example.second is not None:
-            length = len(first) + len(rest) + 2
+            length = len(first) + size - room
             tell_too_long(self.config, example.where, length, size, problems)
             return []
         else:
@@ -160,8 +160,9 @@ class Classification:
         encoded = []
         for start, stop in parts:
             tokens = joined([begin, first[start:stop], rest, end])
-            # Words of bits need as many tokens.
-            tokens = joined([np.repeat(end, max(words - len(tokens), 0)), tokens])
+            # Words of bits need as many tokens, and a label one.
+            missing = np.full(max(words - len(tokens), 0), tokenizer.end)
+            tokens = joined([missing, tokens])
             encoded.append(self._encoded(example, tokens))
         return encoded
 

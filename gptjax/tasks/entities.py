@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,11 +16,13 @@ from gptjax.tasks.metrics import entity_counts, entity_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
 from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound
-from gptjax.tasks.tags import Entity, entities, first_broken, plain_tag, write_tags
+from gptjax.tasks.tags import Entity, entities, first_broken, head_tags, plain_tag, write_tags
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
     Request,
+    balanced,
+    delimiters,
     going_on,
     going_on_each,
     joined,
@@ -44,7 +47,8 @@ class Entities:
     """Which words are names, and of what. Tags are IOB2 inside, whatever the files have."""
 
     config: TaskConfig
-    labels: tuple[str, ...] = ()  # O, and B and I of each kind
+    labels: tuple[str, ...] = ()  # O, and B and I of each kind; or others that a head has
+    weights: tuple[float, ...] = ()  # of the labels; (): all weigh the same
 
     name = "entities"
     head: Literal["label"] = "label"
@@ -75,13 +79,20 @@ class Entities:
             words = self._column(record.value, config.text_column or "1")
             tags = self._tag_column(record.value, labelled)
         if tags is not None and len(tags) != len(words):
-            raise Flaw("broken tags", f"{len(words)} words, but {len(tags)} tags")
+            if labelled:
+                raise Flaw("broken tags", f"{len(words)} words, but {len(tags)} tags")
+            tags = None
         kept = [i for i, word in enumerate(words) if self._sound_word(word, where[i], problems)]
         if not kept:
             raise Flaw("empty text", "there are no words")
         words, where = [words[i] for i in kept], [where[i] for i in kept]
         if tags is not None:
-            tags = self._sound_tags([tags[i] for i in kept], where, problems)
+            try:
+                tags = self._sound_tags([tags[i] for i in kept], where, problems)
+            except Flaw:
+                if labelled:
+                    raise
+                tags = None  # they are not needed
         return Tagged(record.where, tuple(word.strip() for word in words), tags)
 
     def _sound_word(self, word: Any, where: str, problems: Problems) -> bool:
@@ -111,7 +122,12 @@ class Entities:
         if not labelled and (len(lines[0][1]) == 1 or column == "-1"):
             # Without labels the last column may be anything.
             return None
-        return self._column(lines, column)
+        try:
+            return self._column(lines, column)
+        except Flaw:
+            if labelled:
+                raise
+            return None
 
     def _tag_list(self, value: dict, labelled: bool) -> list[str] | None:
         try:
@@ -162,9 +178,9 @@ class Entities:
                 raise Flaw("broken tags", f"line {where[place].rpartition(':')[2]}: {why}")
             problems.note("broken tags", where[place], why, "repaired")
         tags = tuple(write_tags(found, len(plain), "iob2"))
+        kinds = head_tags(self.labels).kinds
         for one in found:
-            if self.labels and f"B-{one.kind}" not in self.labels:
-                kinds = [label[2:] for label in self.labels if label[0] == "B"]
+            if self.labels and one.kind not in kinds:
                 hint = did_you_mean(one.kind, kinds)
                 raise Flaw("unknown label", f"no entity {one.kind!r} was in training.{hint}")
         return tags
@@ -172,7 +188,12 @@ class Entities:
     def fitted(self, examples: Sequence[Tagged]) -> Self:
         kinds = {one.kind for example in examples for one in entities(example.tags or ())}
         found = ("O", *(f"{letter}-{kind}" for kind in sorted(kinds) for letter in "BI"))
-        return replace(self, labels=self.labels or self.config.labels or found)
+        fitted = replace(self, labels=self.labels or self.config.labels or found)
+        if self.config.class_weights == "balanced":
+            tags = (head_tags(fitted.labels).numbers(one.tags or ()) for one in examples)
+            counts = Counter(number for numbers in tags for number in numbers)
+            fitted = replace(fitted, weights=balanced(counts, len(fitted.labels)))
+        return fitted
 
     # --- tokens and outputs --------------------------------------------------------------------
 
@@ -184,14 +205,15 @@ class Entities:
         """
         units = self._units(example.words, tokenizer)
         if self.config.repeat:
-            separator, room = going_on(self.config.separator, tokenizer), size - 1
-            room = (room - len(separator)) // 2
+            separator = going_on(self.config.separator, tokenizer)
+            room = (size - self.config.delimit - len(separator)) // 2
         else:
-            separator, room = np.zeros(0, np.int32), size - 1
+            separator, room = np.zeros(0, np.int32), size - self.config.delimit
         sizes = np.array([len(unit) for unit in units])
         found = windows(sizes, room, self.config.overlap)
         if found is None or (len(found) > 1 and self.config.too_long != "window"):
-            length = int(sizes.sum()) * (1 + self.config.repeat) + len(separator) + 1
+            length = int(sizes.sum()) * (1 + self.config.repeat) + len(separator)
+            length += self.config.delimit
             tell_too_long(self.config, example.where, length, size, problems)
             return []
         return [self._window(example, units, separator, one, tokenizer) for one in found]
@@ -216,7 +238,7 @@ class Entities:
     ) -> Encoded:
         start, counted, stop = window
         shown = joined(units[start:stop])
-        before = joined([np.int32([tokenizer.begin])])
+        before, _ = delimiters(self.config, tokenizer)
         if self.config.repeat:
             before = joined([before, shown, separator])
         tokens = joined([before, shown])
@@ -225,19 +247,20 @@ class Entities:
         targets = np.zeros(len(tokens), np.int32)
         weights = np.zeros(len(tokens), np.float32)
         if example.tags is not None:
-            targets[places] = [self.labels.index(example.tags[word]) for word in words]
-            weights[places] = 1.0
+            numbers = head_tags(self.labels).numbers(example.tags)
+            targets[places] = [numbers[word] for word in words]
+            weights[places] = np.float32(self.weights)[targets[places]] if self.weights else 1.0
         units_of = np.stack([places, words, np.zeros_like(words)], axis=1).astype(np.int32)
         return Encoded(tokens, targets, weights, units_of)
 
     def decode(
         self, example: Tagged, windows: Sequence[Encoded], outputs: Sequence[np.ndarray]
     ) -> Prediction:
-        tags = ["O"] * len(example.words)
+        tags, names = ["O"] * len(example.words), head_tags(self.labels).tags
         for one, out in zip(windows, outputs, strict=True):
             numbers = out[one.units[:, 0]].argmax(axis=1)
             for word, number in zip(one.units[:, 1], numbers, strict=True):
-                tags[word] = self.labels[number]
+                tags[word] = names[number]
         return self._said(example, tags)
 
     def _said(self, example: Tagged, tags: Sequence[str]) -> Prediction:
@@ -283,7 +306,7 @@ class Entities:
         """The names in a list as `target` writes it, where the sentence has them: the first that is
         free for each.
         """
-        kinds = {label[2:] for label in self.labels if label != "O"}
+        kinds = head_tags(self.labels).kinds
         found: list[Entity] = []
         taken = [False] * len(example.words)
         for name, kind in re.findall(r"\s*([^;\n]+?) \(([^()]+)\)", text.strip().split("\n")[0]):

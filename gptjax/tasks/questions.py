@@ -1,7 +1,7 @@
 """Questions whose answers are passages of a text: SQuAD 1.1 and 2.0, CMRC 2018."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -24,6 +24,7 @@ from gptjax.tasks.task import (
     Encoded,
     Prediction,
     Request,
+    delimiters,
     encode_with_places,
     joined,
     tell_too_long,
@@ -131,11 +132,23 @@ class Questions:
                 raise Flaw("no text", f"{name!r} is {kind_of_value(value.get(name))}")
             texts[name] = sound(value[name], name)
         name = str(value.get("id", where))
-        answers = value.get("answers")
+        unknown = Question(where, name, texts["question"], texts["context"], None, ())
+        try:
+            return self._answered(value, unknown, problems, labelled)
+        except Flaw:
+            if labelled:
+                raise
+            return unknown  # the answers are not needed
+
+    def _answered(
+        self, value: dict, unknown: Question, problems: Problems, labelled: bool
+    ) -> Question:
+        """A question with its answers."""
+        answers, where = value.get("answers"), unknown.where
         if answers is None:
             if labelled:
                 raise Flaw("no label", "there are no 'answers'")
-            return Question(where, name, texts["question"], texts["context"], None, ())
+            return unknown
         if isinstance(answers, dict):
             answers = self._pairs(answers)
         if not isinstance(answers, list):
@@ -149,11 +162,9 @@ class Questions:
         for answer in answers:
             text, start = self._answer(answer)
             right.append(text)
-            span = self._place(texts["context"], text, start, where, problems)
+            span = self._place(unknown.context, text, start, where, problems) if labelled else None
             spans += [span] if span else []
-        return Question(
-            where, name, texts["question"], texts["context"], tuple(right), tuple(spans)
-        )
+        return replace(unknown, answers=tuple(right), spans=tuple(spans))
 
     def _pairs(self, answers: dict) -> list[dict]:
         """Answers of which there are lists of texts and of starts, as Hugging Face has them."""
@@ -213,19 +224,20 @@ class Questions:
         """
         question = tokenizer.encode(example.question + self.config.separator)
         context, places = encode_with_places(example.context, tokenizer, begins=False)
-        room = size - 2 - len(question)
+        opening, end = delimiters(self.config, tokenizer)
+        before = joined([opening, question])
+        room = size - len(before) - len(end)
         found = windows(np.ones(len(context), int), room, self.config.overlap) if room > 0 else None
         if found is None or (len(found) > 1 and self.config.too_long != "window"):
-            length = len(question) + len(context) + 2
+            length = len(context) + size - room
             tell_too_long(self.config, example.where, length, size, problems)
             return []
         answer = self._tokens_of(example, places, problems) if example.spans else None
         known = example.answers is not None and (bool(example.spans) or not example.answers)
-        opening, end = np.int32([tokenizer.begin]), np.int32([tokenizer.end])
         encoded = []
         for start, _, stop in found:
-            tokens = joined([opening, question, context[start:stop], end])
-            begin, last = 1 + len(question), len(tokens) - 1
+            tokens = joined([before, context[start:stop], end])
+            begin, last = len(before), len(tokens) - 1
             targets, weights = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.float32)
             inside = answer is not None and start <= answer[0] and answer[1] < stop
             ends = [begin + place - start for place in answer] if inside else [last, last]

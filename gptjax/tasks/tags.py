@@ -1,5 +1,6 @@
 """Tags of words and the entities they stand for: IOB1, IOB2, BIOES and IO."""
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -32,6 +33,40 @@ def plain_tag(tag: str, scheme: Scheme) -> str | None:
         return None
     letter = SAME_LETTER.get(match[1], match[1]) if scheme == "bioes" else match[1]
     return f"{letter}-{match[2]}" if letter in ("BIES" if scheme == "bioes" else "BI") else None
+
+
+class HeadTags(NamedTuple):
+    """The tags that the outputs of a head stand for."""
+
+    scheme: Scheme
+    tags: tuple[str, ...]  # of each output, with the letters B, I, O, E and S
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(tag[2:] for tag in self.tags if tag != "O"))
+
+    def numbers(self, tags: Sequence[str]) -> list[int]:
+        """The outputs that stand for tags of any well-formed scheme, whose kinds a head knows."""
+        written = write_tags(entities(tags), len(tags), self.scheme)
+        known = {tag: number for number, tag in reversed([*enumerate(self.tags)])}
+        # A head of IOB1 need not have a B of every kind, nor one of names of a word an I.
+        near = {tag[2:]: number for tag, number in reversed(known.items())}
+        return [known.get(tag, near.get(tag[2:], 0)) for tag in written]
+
+
+@functools.lru_cache(maxsize=16)
+def head_tags(labels: tuple[str, ...]) -> HeadTags:
+    """What the labels of a head stand for, whichever scheme they are of: without letters of one,
+    each is a kind.
+
+    >>> head_tags(("O", "PER", "LOC")).tags
+    ('O', 'I-PER', 'I-LOC')
+    """
+    for scheme in ("iob2", "bioes"):
+        tags = tuple(plain_tag(label, scheme) for label in labels)
+        if None not in tags and any(tag != "O" for tag in tags):
+            return HeadTags(scheme, tags)
+    return HeadTags("io", tuple(plain_tag(label, "io") or "O" for label in labels))
 
 
 def split_tag(tag: str) -> tuple[str, str]:

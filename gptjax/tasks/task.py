@@ -2,6 +2,7 @@
 
 import functools
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -125,6 +126,23 @@ def next_tokens(
     return Encoded(
         ids[:-1], ids[1:], np.float32(counts[1:]), no_units() if units is None else units
     )
+
+
+def balanced(counts: Counter[int], num_labels: int) -> tuple[float, ...]:
+    """Weights of labels whose mean over the examples is 1, as scikit-learn has them; those of
+    labels that were never seen are of no account.
+
+    >>> balanced(Counter({0: 3, 1: 1}), 2)
+    (0.6666666666666666, 2.0)
+    """
+    seen = [counts[number] or 1 for number in range(num_labels)]
+    return tuple(sum(counts.values()) / num_labels / count for count in seen)
+
+
+def delimiters(config: TaskConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The ids before an example and after it."""
+    begin, end = np.int32([tokenizer.begin]), np.int32([tokenizer.end])
+    return (begin, end) if config.delimit else (begin[:0], end[:0])
 
 
 def no_units() -> np.ndarray:
