@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 from small import MODERN, PLAIN, fresh
 
-from gptjax.config import MeshConfig
+from gptjax.cli import run_verb
+from gptjax.config import GPTConfig, MeshConfig
 from gptjax.hf import load_hf, read_hf_labels, save_hf
 from gptjax.hf.tensors import HEADER_BYTES, find_tensors, read_header
+from gptjax.hf.tokenizers import write_tokenizer
 from gptjax.loading import task_of
 from gptjax.model import forward
 from gptjax.rundir import CheckpointError
 from gptjax.sharding import make_mesh
+from gptjax.tokenizer import ByteTokenizer
 
 GPT2 = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 NEO = {"max_position_embeddings": 32, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
@@ -384,6 +387,34 @@ def test_heads_that_no_architecture_holds(tmp_path):
     assert words in refused("classify", head="label", num_labels=3, pool="mean")
     assert "as model.width = 32" in refused(head="label", num_labels=40)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["classify", "entities"])
+def test_predictions_are_what_transformers_says_of_the_same_texts(transformers, tmp_path, kind):
+    """From their folder to lines of JSON; also where tags are of no scheme."""
+    names = {0: "O", 1: "PER", 2: "LOC", 3: "THING"}
+    what = {"classify": "SequenceClassification", "entities": "TokenClassification"}[kind]
+    options = {"id2label": names, "vocab_size": 258, "pad_token_id": 257}
+    theirs = head_model(transformers, what, options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    write_tokenizer(tmp_path / "theirs", ByteTokenizer(), GPTConfig(vocab_size=258))
+    run_verb(["convert", str(tmp_path / "theirs"), str(tmp_path / "run")])
+    sentences = [["Ann", "sings"], ["in", "the", "old", "bar"], ["so", "it", "goes"]]
+    given, out = tmp_path / "given.jsonl", tmp_path / "out.jsonl"
+    lines = [{"words": words, "text": " ".join(words)} for words in sentences]
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_verb(["predict", str(tmp_path / "run"), str(given), "--out", str(out)])
+    for words, line in zip(sentences, map(json.loads, out.open()), strict=True):
+        text = " ".join(words).encode()
+        logits = head_logits(theirs, np.array([[*text]]))[0]
+        if kind == "classify":
+            shares = np.exp(logits - np.logaddexp.reduce(logits))
+            expected = dict(zip(names.values(), shares.tolist(), strict=True))
+            assert line["probabilities"] == pytest.approx(expected, abs=1e-4)
+            continue
+        ends = np.cumsum([len(word) + 1 for word in words]) - 2
+        said = [names[int(number)] for number in logits[ends].argmax(-1)]
+        assert [tag.split("-")[-1] for tag in line["tags"]] == said
 
 
 def test_a_head_of_one_label_is_no_class(transformers, tmp_path):
