@@ -126,7 +126,7 @@ def test_functions_yield_documents(tmp_path):
 
 
 def test_bytes_that_are_no_text_are_taken_and_said(tmp_path, caplog):
-    path = write(tmp_path / "a.bin", b"\xff\xfe" * 50)
+    path = write(tmp_path / "a.dat", b"\xff\xfe" * 50)
     train, valid = load(tmp_path, path)
     assert (
         contents(train)[0] + contents(valid)[0]

@@ -131,6 +131,7 @@ SETS |= {
     for pair, epochs in (("deu-eng", 3.0), ("cmn-eng", 6.0))
 }
 EPOCHS = {"classify": 5.0, "entities": 3.0, "questions": 3.0, "pairs": 3.0}
+BATCH_SIZE = {"questions": 16}
 # Learning rates: of all parameters, and of adapters.
 RATES = {"lora": 2e-3}
 USUAL_RATE = 1e-3
@@ -150,7 +151,9 @@ class Options:
     # scratch, pretrained, lora, last, causal, repeated, both; (): all that suit
     ways: tuple[str, ...] = ()
     seeds: int = 3
-    batch_size: int = 4  # rows of the run's context, with several examples in each
+    # rows of the run's context, with several examples in each; None: 4, but of questions 16, for a
+    # row holds but one
+    batch_size: int | None = None
     lora_rank: int = 8
     texts: int = 300  # validation texts that are translated
     quick: bool = False  # 20 steps, one seed, few texts: to see that it works
@@ -300,7 +303,7 @@ def config_of(options: Options, task: TaskConfig, way: str, seed: int) -> Config
         tune=TuneConfig(lora_rank=options.lora_rank if way == "lora" else None),
         optimizer=OptimizerConfig(learning_rate=rate, weight_decay=0.01),
         init_from=options.run,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or BATCH_SIZE.get(task.kind, 4),
         seed=seed,
         save_every=None,
         keep_last=1,
