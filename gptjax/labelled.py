@@ -15,15 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax.config import Config, ConfigError
+from gptjax.config import Config, ConfigError, refuse, schedule_problems
 from gptjax.data import Batch, prefetch
 from gptjax.losses import label_losses
 from gptjax.model import Params, forward, resolve
 from gptjax.pipeline import stack_of
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
 from gptjax.tasks import ExampleRows, Prediction, Problems, Task, encode_examples, make_task
+from gptjax.tasks.choices import Choice
+from gptjax.tasks.dialogue import Dialogue
 from gptjax.tasks.entities import Tagged
+from gptjax.tasks.metrics import need_packages
 from gptjax.tasks.packing import check_examples
+from gptjax.tasks.pairs import Pair
 from gptjax.tasks.questions import Question
 from gptjax.tokenizer import Tokenizer
 from gptjax.tuning import abstract_all, merged
@@ -53,6 +57,8 @@ def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelle
       ConfigError: if the model has another head.
     """
     task, splits, found = make_task(config.task), {}, {}
+    if config.task.written:
+        need_packages(task.name)
     for name in ("train", "valid", "test"):
         if not (paths := getattr(config.task, name)):
             continue
@@ -64,10 +70,26 @@ def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelle
         splits[name] = make_split(config, task, examples, tokenizer, problems)
     config = with_head_of(config, task)
     if config.task.epochs is not None:
-        rows = splits["train"].rows
-        steps = max(round(config.task.epochs * rows.num_rows / rows.batch_size), 1)
-        config = replace(config, steps=steps)
+        config = with_steps(config, splits["train"].rows)
     return config, Labelled(task, splits, found)
+
+
+def with_steps(config: Config, rows: ExampleRows) -> Config:
+    """The config with the steps that its epochs are.
+
+    Raises:
+      ConfigError: if it gives other steps, or a schedule that is longer.
+    """
+    epochs = config.task.epochs
+    steps = max(round(epochs * rows.num_rows / rows.batch_size), 1)
+    if config.steps not in (steps, Config.steps):
+        raise ConfigError(
+            f"steps = {config.steps:,}, but task.epochs = {epochs:g}, which are {steps:,} steps: "
+            "give --task.epochs None with --steps, or epochs alone"
+        )
+    config = replace(config, steps=steps)
+    refuse(list(schedule_problems(config)))
+    return config
 
 
 def make_split(
@@ -250,7 +272,13 @@ def figures_of(task: Task, examples: Sequence[Any], said: Said) -> dict[str, flo
     return {"loss": said.loss} | task.metrics(*map(list, zip(*pairs, strict=True)))
 
 
-def write_said(folder: Path, name: str, examples: Sequence[Any], said: Said) -> None:
+def write_said(
+    folder: Path,
+    name: str,
+    task: Task,
+    examples: Sequence[Any],
+    predictions: Sequence[Prediction | None],
+) -> None:
     """Write what was said of a split, a line of JSON for each example, with what is right.
 
     Raises:
@@ -259,15 +287,20 @@ def write_said(folder: Path, name: str, examples: Sequence[Any], said: Said) -> 
     folder.mkdir(exist_ok=True)
     new = folder / f"{name}.jsonl.new"
     with new.open("w", encoding="utf-8") as file:
-        for example, one in zip(examples, said.predictions, strict=True):
+        for example, one in zip(examples, predictions, strict=True):
             if one is not None:
-                line = {"where": example.where, "shown": _shown(example), "right": _right(example)}
+                line = {"where": example.where, "shown": _shown(task, example)}
+                line["right"] = _right(task, example)
                 file.write(json.dumps(line | one, ensure_ascii=False) + "\n")
     new.rename(folder / f"{name}.jsonl")
 
 
-def _right(example: Any) -> Sequence[str]:
+def _right(task: Task, example: Any) -> Any:
     match example:
+        case Choice():
+            return example.gold
+        case Pair() | Dialogue():
+            return task.target(example).strip()
         case Tagged():
             return example.tags
         case Question():
@@ -275,8 +308,12 @@ def _right(example: Any) -> Sequence[str]:
     return example.labels
 
 
-def _shown(example: Any) -> str:
+def _shown(task: Task, example: Any) -> str:
     match example:
+        case Pair():
+            return example.source
+        case Choice() | Dialogue():
+            return task.prompt(example)
         case Tagged():
             return " ".join(example.words)
         case Question():

@@ -294,8 +294,9 @@ def take_over(config: Config, where: Path) -> Config:
     model, plain = config.model, GPTConfig()
     if all(getattr(model, name) == getattr(plain, name) for name in names):
         own = {name: getattr(model, name) for name in CHOICES - {"vocab_multiple"}}
-        if origin.positions == "rope" and model.context_size != plain.context_size:
-            own["context_size"] = model.context_size
+        for name in ("vocab_multiple", "context_size"):  # `check_origin` says if it can be another
+            if getattr(model, name) != getattr(plain, name):
+                own[name] = getattr(model, name)
         model = replace(origin, **own)
     data = config.data
     if data.tokenizer == "bytes" and tokenizer and tokenizer.kind != "bytes":

@@ -113,6 +113,8 @@ SHOWN = {
     "eval/accuracy": "accuracy {:.4f}",
     "eval/micro_f1": "micro F1 {:.4f}",
     "eval/f1": "F1 {:.4f}",
+    "eval/bleu": "BLEU {:.2f}",
+    "eval/chrf": "chrF {:.2f}",
     "train/learning_rate": "lr {:.1e}",
     "perf/tokens_per_second": "{:,.0f} tokens/s",
     "perf/mfu": "mfu {:.1%}",
@@ -205,12 +207,15 @@ class Log:
         self._show(step, values)
 
     def amend(self, step: int, values: dict[str, float]) -> None:
-        """Log more of the step that was logged last."""
+        """Log more of the last step, which may be one that was not logged."""
         if not self._enabled:
             return
-        before = json.loads(_lines(self._path)[-1])
-        assert before["step"] == step, f"step {step} is not the last, that is {before['step']}"
-        _replace(self._path, [*_lines(self._path)[:-1], _line(step, before | values)])
+        lines, before = _lines(self._path), {}
+        newest = json.loads(lines[-1]) if lines else {"step": 0}
+        assert newest["step"] <= step, f"step {step} is not the last, that is {newest['step']}"
+        if newest["step"] == step:
+            before = json.loads(lines.pop())
+        _replace(self._path, [*lines, _line(step, before | values)])
         self._file.close()
         self._file = self._path.open("ab", buffering=0)
         self._add_events(step, values)

@@ -32,10 +32,10 @@ def learning_rate(config: Config, step: jax.Array | int) -> jax.Array:
 
 
 def decays(letters: str) -> bool:
-    """Whether a parameter decays: those that map the width to or from something do, biases and
-    norm scales do not.
+    """Whether a parameter decays: those that map the width to or from something do, and both
+    matrices of an adapter; biases and norm scales do not.
     """
-    return "D" in letters and letters.strip("L") != "D"
+    return "R" in letters or ("D" in letters and letters.strip("L") != "D")
 
 
 def make_optimizer(config: OptimizerConfig, letters: Any) -> optax.GradientTransformationExtraArgs:

@@ -44,7 +44,9 @@ def final_figures(run_dir: Path, config: Config) -> tuple[int | None, dict[str, 
     chosen = evaluated[-1] if evaluated else {}
     if config.task.kind and (best := best_of(lines, config).step) is not None:
         chosen = next(line for line in lines if line["step"] == best)
-    for name, prefix, line in (("valid", "eval/", chosen), ("test", "test/", (lines or [{}])[-1])):
+    last = lines[-1] if lines else {}
+    # Texts are written once, at the end, for the best step.
+    for name, prefix, line in (("valid", "eval/", last | chosen), ("test", "test/", last)):
         found = {key.removeprefix(prefix): x for key, x in line.items() if key.startswith(prefix)}
         figures |= {name: found} if found else {}
     return chosen.get("step"), figures
@@ -66,6 +68,8 @@ def over_seeds(run_dirs: Sequence[Path], config: Config) -> str:
 def is_wrong(line: dict[str, Any], task: TaskConfig = TaskConfig()) -> bool:  # noqa: B008
     """Whether what was said of an example is not what is right; of a question, no exact match."""
     right, answer = line["right"], answered(line)
+    if isinstance(answer, str) and "passage" not in line:
+        return answer != right.strip()
     if "passage" in line:  # of several right answers one is enough, or none where there is none
         return answer_scores(right or [""], answer, task.answers)[0] < 1
     if "labels" in line:  # any number, in no order
@@ -75,8 +79,10 @@ def is_wrong(line: dict[str, Any], task: TaskConfig = TaskConfig()) -> bool:  # 
 
 def answered(line: dict[str, Any]) -> Any:
     """What was said of an example, in the form of its `right`."""
-    if "passage" in line:
+    if "text" in line:
         return line["text"]
+    if "choice" in line:
+        return line["choice"]
     if "label" in line:
         return [line["label"]]
     return line.get("labels", line.get("tags"))
@@ -108,7 +114,9 @@ def tables(outcome: Outcome, task: TaskConfig) -> list[tuple[str, list[list[str]
             [line["where"], _short(line["right"]), _short(answered(line)), _short(line["shown"])]
             for line in wrong[:MOST_ERRORS]
         ]
-        title = f"Errors, {len(wrong):,} of {len(said):,} of task.{name}, the first ones"
+        written = any("text" in line and "passage" not in line for line in wrong)
+        what = "Texts that are not exactly the right ones" if written else "Errors"
+        title = f"{what}, {len(wrong):,} of {len(said):,} of task.{name}, the first ones"
         found += [(title, rows)] if wrong else []
     return found
 
@@ -123,6 +131,8 @@ def _figure_table(outcome: Outcome) -> list[list[str]]:
 
 
 def _short(value: Any, most: int = 160) -> str:
+    if isinstance(value, int):  # a choice
+        value = str(value)
     text = value if isinstance(value, str) else ", ".join(map(str, value or ["none"]))
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.config import ConfigError, GPTConfig
+from gptjax.config import Config, ConfigError, GPTConfig, refuse
 from gptjax.decoding import complete, score
-from gptjax.model import Params
+from gptjax.model import Params, resolve
 from gptjax.prefill import reach
 from gptjax.sampling import Sampling
 from gptjax.tasks import Prediction, Problems, Task
+from gptjax.tasks.dialogue import Dialogue
 from gptjax.tasks.prompts import BETWEEN, choice_scores, shots_of, with_shots
 from gptjax.tasks.task import going_on, tell_too_long
 from gptjax.tokenizer import Tokenizer
@@ -63,88 +64,207 @@ def ask(
     """
     if how.shots and not training:
         raise ConfigError(f"--shots {how.shots}: there are no training examples: give --task.train")
+    asker = _Asker(model, task, training, how, problems)
+    refuse_idle(task, examples, how)
     if examples and task.requests(examples[0]):
-        return _choose(model, task, examples, training, how, problems)
-    return _write(model, task, examples, training, how, problems)
+        return asker.choose(examples)
+    return asker.write(examples)
 
 
-def _holds(model: Model, task: Task, example: Any, length: int, problems: Problems) -> bool:
-    """Whether so many ids are read without giving up the first; if not, that is told."""
-    size = model.config.context_size
-    if length <= size or reach(model.config) is not None:
-        return True
-    tell_too_long(task.config, example.where, length, size, problems)
-    return False
+def say_at_end(
+    params: Params, config: Config, task: Task, examples: Sequence[Any], tokenizer: Tokenizer
+) -> list[Prediction | None]:
+    """What a language model writes for examples, or chooses: the likeliest token each time, and at
+    most half as many again as the longest right text has.
+
+    Args:
+      params: of the model alone.
+    """
+    platform = jax.tree.leaves(params)[0].sharding.mesh.devices.flat[0].platform
+    model = Model(params, resolve(config.model, platform)[0], tokenizer)
+    longest = max(len(tokenizer.encode(task.target(one))) for one in examples)
+    ending = max((len(tokenizer.encode(stop)) for stop in task.stops), default=1)
+    most = min(longest + longest // 2 + ending, max(config.model.context_size // 2, 1))
+    how = Asking(batch_size=min(config.batch_size, 16), max_tokens=most)
+    return ask(model, task, examples, (), how, Problems("skip", "")).predictions
 
 
-def _shown(
-    model: Model, task: Task, number: int, prompt: str, room: int, training: Sequence, how: Asking
-) -> tuple[str, int]:
-    """A prompt with its shots, and how many there are; `room` tokens are for what comes after."""
-    drawn = shots_of(number, len(training), how.shots, how.seed) if how.shots else []
-    shots = [(task.prompt(training[one]), task.target(training[one])) for one in drawn]
-    most = model.config.context_size - room
-    return with_shots(shots, prompt, lambda text: len(_ids(model, text)) <= most)
+def refuse_idle(task: Task, examples: Sequence[Any], how: Asking, *, by_head: bool = False) -> None:
+    """Refuse ways of asking that make no difference to a task.
 
-
-def _ids(model: Model, text: str) -> np.ndarray:
-    """The ids of a text that begins a document."""
-    return np.concatenate([[model.tokenizer.begin], model.tokenizer.encode(text)]).astype(np.int32)
-
-
-def _choose(
-    model: Model,
-    task: Task,
-    examples: Sequence,
-    training: Sequence,
-    how: Asking,
-    problems: Problems,
-) -> Answers:
-    asked: list[tuple[np.ndarray, np.ndarray]] = []
-    bare: list[tuple[np.ndarray, np.ndarray]] = []
-    counts, requests, shown = [], [], 0
-    for number, example in enumerate(examples):
-        each = task.requests(example)
-        targets = [going_on(one.target, model.tokenizer) for one in each]
-        room, prompts = max(map(len, targets)) + 1, {}
-        for one in each:
-            if one.prompt not in prompts:
-                prompts[one.prompt] = _shown(model, task, number, one.prompt, room, training, how)
-        texts = [
-            (_ids(model, prompts[one.prompt][0]), ids)
-            for one, ids in zip(each, targets, strict=True)
+    Args:
+      examples: of the task; the first says whether it has choices.
+      by_head: whether a head answers, which is not asked in words.
+    Raises:
+      ConfigError: with all of them.
+    """
+    idle, why = (), ""
+    if by_head:
+        idle, why = ("shots", "beams", "temperature"), "the run answers by its head"
+    elif examples and task.requests(examples[0]):
+        idle, why = ("beams", "temperature"), "the answers are choices, which are scored"
+    elif task.name == "dialogue":
+        idle, why = ("shots",), "a dialogue is asked by its own messages"
+    plain = Asking()
+    refuse(
+        [
+            f"--{name} {given:g}: {why}: leave it out"
+            for name in idle
+            if (given := getattr(how, name)) != getattr(plain, name)
         ]
-        # The last id of a continuation is not read.
-        longest = max(len(before) + len(ids) - 1 for before, ids in texts)
-        if not _holds(model, task, example, longest, problems):
-            counts.append(0)
-            continue
-        asked += texts
-        bare += [(_ids(model, one.bare), ids) for one, ids in zip(each, targets, strict=True)]
-        shown += prompts[each[0].prompt][1]
-        counts.append(len(each))
-        requests += each
-    problems.refuse()
-    rule = task.config.score
-    nats = _nats(model, asked, how.batch_size)
-    bare_nats = _nats(model, bare, how.batch_size) if rule == "unconditional" else None
-    predictions: list[Prediction | None] = []
-    start = 0
-    for example, count in zip(examples, counts, strict=True):
-        if not count:
-            predictions.append(None)
-            continue
-        here = slice(start, start + count)
-        scores = choice_scores(
-            rule,
-            nats[here],
-            num_tokens=[len(ids) for _, ids in asked[here]],
-            num_bytes=[len(one.target.encode()) for one in requests[here]],
-            bare_nats=None if bare_nats is None else bare_nats[here],
+    )
+
+
+class _Asker(NamedTuple):
+    """What is asked of which model, and how; for the rest see `ask`."""
+
+    model: Model
+    task: Task
+    training: Sequence[Any]
+    how: Asking
+    problems: Problems
+
+    def holds(self, example: Any, length: int) -> bool:
+        """Whether so many ids are read without giving up the first; if not, that is told."""
+        size = self.model.config.context_size
+        if length <= size or reach(self.model.config) is not None:
+            return True
+        tell_too_long(self.task.config, example.where, length, size, self.problems)
+        return False
+
+    def ids(self, text: str) -> np.ndarray:
+        """The ids of a text that begins a document."""
+        tokenizer = self.model.tokenizer
+        return np.concatenate([[tokenizer.begin], tokenizer.encode(text)]).astype(np.int32)
+
+    def shown(self, number: int, example: Any, prompt: str, room: int) -> tuple[str, int]:
+        """A prompt with its shots, and how many there are; `room` tokens are for what comes
+        after.
+        """
+        most = self.model.config.context_size - room
+        shots = [(self.task.prompt(one), self.task.target(one)) for one in self.drawn(number)]
+        own = self.task.prompt(example)
+        if any(prompt == own for prompt, _ in shots):  # it would see its own answer
+            others = self.drawn(number, shots=len(self.training))
+            others = [one for one in others if self.task.prompt(one) != own]
+            shots = [
+                (self.task.prompt(one), self.task.target(one)) for one in others[: self.how.shots]
+            ]
+        return with_shots(shots, prompt, lambda text: len(self.ids(text)) <= most)
+
+    def drawn(self, number: int, shots: int | None = None) -> list[Any]:
+        """Training examples, for the example of a number."""
+        shots = self.how.shots if shots is None else shots
+        if not shots:
+            return []
+        places = shots_of(number, len(self.training), shots, self.how.seed)
+        return [self.training[one] for one in places]
+
+    def choose(self, examples: Sequence[Any]) -> Answers:
+        task = self.task
+        asked: list[tuple[np.ndarray, np.ndarray]] = []
+        bare: list[tuple[np.ndarray, np.ndarray]] = []
+        counts, requests, shown = [], [], 0
+        for number, example in enumerate(examples):
+            each = task.requests(example)
+            targets = [going_on(one.target, self.model.tokenizer) for one in each]
+            room, prompts = max(map(len, targets)) + 1, {}
+            for one in each:
+                if one.prompt not in prompts:
+                    prompts[one.prompt] = self.shown(number, example, one.prompt, room)
+            texts = [
+                (self.ids(prompts[one.prompt][0]), ids)
+                for one, ids in zip(each, targets, strict=True)
+            ]
+            # The last id of a continuation is not read.
+            longest = max(len(before) + len(ids) - 1 for before, ids in texts)
+            if not self.holds(example, longest):
+                counts.append(0)
+                continue
+            asked += texts
+            bare += [(self.ids(one.bare), ids) for one, ids in zip(each, targets, strict=True)]
+            shown += prompts[each[0].prompt][1]
+            counts.append(len(each))
+            requests += each
+        self.problems.refuse()
+        rule = task.config.score
+        nats = _nats(self.model, asked, self.how.batch_size)
+        bare_nats = None
+        if rule == "unconditional":
+            bare_nats = _nats(self.model, bare, self.how.batch_size)
+        predictions: list[Prediction | None] = []
+        start = 0
+        for example, count in zip(examples, counts, strict=True):
+            if not count:
+                predictions.append(None)
+                continue
+            here = slice(start, start + count)
+            scores = choice_scores(
+                rule,
+                nats[here],
+                num_tokens=[len(ids) for _, ids in asked[here]],
+                num_bytes=[len(one.target.encode()) for one in requests[here]],
+                bare_nats=None if bare_nats is None else bare_nats[here],
+            )
+            predictions.append(task.from_scores(example, scores))
+            start += count
+        return Answers(predictions, shown / max(len(counts) - counts.count(0), 1))
+
+    def write(self, examples: Sequence[Any]) -> Answers:
+        task, how = self.task, self.how
+        stops = (BETWEEN,) * bool(how.shots) + task.stops
+        # Beams know no strings that end a text: theirs is cut when it is done.
+        sampling = Sampling(
+            max_tokens=how.max_tokens,
+            temperature=how.temperature,
+            beams=how.beams,
+            stop=() if how.beams > 1 else stops,
         )
-        predictions.append(task.from_scores(example, scores))
-        start += count
-    return Answers(predictions, shown / max(len(counts) - counts.count(0), 1))
+        prompts: dict[int, np.ndarray] = {}
+        shown = 0
+        for number, example in enumerate(examples):
+            ids, count = self.asked_ids(number, example)
+            ahead = how.max_tokens if how.beams > 1 else 0  # beams do not go beyond the context
+            if self.holds(example, len(ids) + ahead):
+                prompts[number] = ids
+                shown += count
+        self.problems.refuse()
+        texts: dict[int, str] = {}
+        order = sorted(prompts, key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), how.batch_size):
+            here = order[start : start + how.batch_size]
+            completions = complete(
+                self.model.params,
+                [prompts[i].tolist() for i in here],
+                self.model.config,
+                sampling,
+                jax.random.key(how.seed),
+                end=self.model.tokenizer.end,
+                tokenizer=self.model.tokenizer,
+                numbers=[how.first + i for i in here],
+            )
+            for i, one in zip(here, completions, strict=True):
+                cut = [one.text.partition(stop)[0] for stop in stops]
+                texts[i] = min([one.text, *cut], key=len)
+        said = [
+            task.from_text(example, texts[i]) if i in texts else None
+            for i, example in enumerate(examples)
+        ]
+        return Answers(said, shown / max(len(prompts), 1))
+
+    def asked_ids(self, number: int, example: Any) -> tuple[np.ndarray, int]:
+        """The ids after which an example's text is written, and how many shots are in them."""
+        if not isinstance(example, Dialogue):
+            prompt = self.task.prompt(example)
+            text, count = self.shown(number, example, prompt, self.how.max_tokens)
+            return self.ids(text), count
+        most = max(self.model.config.context_size - self.how.max_tokens, 1)
+        messages = self.task.before(example)
+        ids, dropped = self.task.fitting_ids(messages, self.model.tokenizer, most)
+        if dropped:
+            why = f"the first {dropped:,} of {len(messages):,} messages are not shown"
+            self.problems.note("too long", example.where, why, "cut")
+        return ids, 0
 
 
 def _nats(
@@ -162,54 +282,3 @@ def _nats(
         scores = score(model.params, prompts, said, model.config)
         nats[here] = [one.total for one in scores[: len(here)]]
     return nats
-
-
-def _write(
-    model: Model,
-    task: Task,
-    examples: Sequence,
-    training: Sequence,
-    how: Asking,
-    problems: Problems,
-) -> Answers:
-    sampling = Sampling(
-        max_tokens=how.max_tokens,
-        temperature=how.temperature,
-        beams=how.beams,
-        stop=(BETWEEN,) if how.shots else (),
-    )
-    prompts: dict[int, np.ndarray] = {}
-    shown = 0
-    for number, example in enumerate(examples):
-        if task.name == "dialogue":
-            most = max(model.config.context_size - how.max_tokens, 1)
-            ids, count = task.fitting_ids(task.before(example), model.tokenizer, most), 0
-        else:
-            prompt = task.prompt(example)
-            text, count = _shown(model, task, number, prompt, how.max_tokens, training, how)
-            ids = _ids(model, text)
-        ahead = how.max_tokens if how.beams > 1 else 0  # beams do not go beyond the context
-        if _holds(model, task, example, len(ids) + ahead, problems):
-            prompts[number] = ids
-            shown += count
-    problems.refuse()
-    texts: dict[int, str] = {}
-    order = sorted(prompts, key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), how.batch_size):
-        here = order[start : start + how.batch_size]
-        completions = complete(
-            model.params,
-            [prompts[i].tolist() for i in here],
-            model.config,
-            sampling,
-            jax.random.key(how.seed),
-            end=model.tokenizer.end,
-            tokenizer=model.tokenizer,
-            numbers=[how.first + i for i in here],
-        )
-        texts |= {i: one.text for i, one in zip(here, completions, strict=True)}
-    said = [
-        task.from_text(example, texts[i]) if i in texts else None
-        for i, example in enumerate(examples)
-    ]
-    return Answers(said, shown / max(len(prompts), 1))

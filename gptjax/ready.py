@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import Config, ConfigError, GPTConfig, check
+from gptjax.config import Config, ConfigError, GPTConfig, check, field_problems
 from gptjax.data import Rows, check_epochs
 from gptjax.events import Events
 from gptjax.exclusions import Exclusion, exclude, pass_over, read_rollbacks
@@ -81,11 +81,11 @@ def make_ready(
     Raises:
       ConfigError, DataError, CheckpointError: as `gptjax.train.fit` does.
     """
-    check(config, jax.device_count())
-    labelled = None
-    if config.task.kind and config.init_from:
+    if config.task.kind and config.init_from and not field_problems(config, Config):
         begun = (run_dir / "config.json").exists()
         config = take_over(config, run_dir if begun else Path(config.init_from))
+    check(config, jax.device_count())
+    labelled = None
     tokenizer = make_tokenizer(config.data)
     if config.task.kind:
         with events.spent.of("data_preparation"):

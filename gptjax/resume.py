@@ -194,6 +194,7 @@ FREE = {
     "task.score",
     "task.max_answer",
     "task.bleu_tokens",
+    "task.written",
 }
 FREE_SECTIONS = ("mesh.", "sample.", "guard.")
 # What changes the numbers of the steps to come, and leaves the state and the order of batches what

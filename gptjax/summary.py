@@ -85,6 +85,9 @@ def left_out(exclusions: tuple[Exclusion, ...]) -> str:
     return f"{len(exclusions):,} documents, {num_tokens:,} tokens"
 
 
+WRITTEN = ("bleu", "chrf", "exact", "accuracy")  # figures of texts, and of choices
+
+
 def summary(
     lines: list[dict[str, float]],
     run_dir: Path,
@@ -108,6 +111,10 @@ def summary(
             f"{evaluation[f'eval/{name}/bits_per_byte']:.4f} bits per byte: {name}"
             for name in names
         ]
+        said = [name for name in WRITTEN if f"eval/{name}" in lines[-1]] if task else []
+        if said:
+            texts = ", ".join(f"{name} {lines[-1][f'eval/{name}']:.4f}" for name in said)
+            figures.append(f"           {texts}; of what that step says of the first examples")
     elif evaluation:
         figures += _task_figures("eval", f"validation, at step {evaluation['step']:,}", evaluation)
     if task and lines:

@@ -42,6 +42,7 @@ from gptjax.labelled import (
 from gptjax.loading import about_origin, begin_with
 from gptjax.metrics import Log, read_metrics
 from gptjax.model import Params
+from gptjax.prompting import say_at_end
 from gptjax.ready import Ready, make_ready
 from gptjax.replicas import Comparer, Comparison, differences, make_comparer
 from gptjax.resume import (
@@ -261,7 +262,8 @@ class _Run:
                 if said:
                     self.log.say(said)
             self.evaluate_late(state.params, start)
-            state = self.train_back_and_forth(state, start, step_fn)
+            if not self.is_over:
+                state = self.train_back_and_forth(state, start, step_fn)
         self.stop.all_is_saved()
         self.finish(state)
         return state
@@ -630,8 +632,26 @@ class _Run:
         if said is None:
             return None
         if folder and jax.process_index() == 0:
-            write_said(folder, name, split.examples, said)
+            write_said(folder, name, task, split.examples, said.predictions)
         figures = figures_of(task, split.examples, said)
+        return {f"{prefix}/{name}": value for name, value in figures.items()}
+
+    def texts(self, params: Params, name: str, prefix: str, folder: Path) -> dict[str, float]:
+        """The figures of what a model writes for the first examples of a split; what it is, is
+        written to a folder.
+        """
+        task = self.labelled.task
+        examples = self.labelled.splits[name].examples[: self.config.task.written]
+        if not examples:
+            return {}
+        params = merged(params, self.config)
+        said = say_at_end(params, self.config, task, examples, self.tokenizer)
+        pairs = [pair for pair in zip(examples, said, strict=True) if pair[1] is not None]
+        if not pairs:
+            return {}
+        if jax.process_index() == 0:
+            write_said(folder, name, task, examples, said)
+        figures = task.metrics(*map(list, zip(*pairs, strict=True)))
         return {f"{prefix}/{name}": value for name, value in figures.items()}
 
     def finish(self, state: TrainState) -> None:
@@ -676,15 +696,18 @@ class _Run:
                 f"best       step {best:,} could not be saved: step {last:,} is used instead"
             )
         with self.watchdog.phase("evaluate"), self.events.phase("evaluation", step=last):
-            figures, folder = None, self.run_dir / "said"
+            figures, folder = {}, self.run_dir / "said"
             labels, splits = self.config.model.head != "lm", self.labelled.splits
             if labels and "valid" in splits:
                 self.figures(params, "valid", "eval", folder)
+            elif "valid" in splits:
+                figures |= self.texts(params, "valid", "eval", folder)
             if labels and "test" in splits:
-                figures = self.figures(params, "test", "test", folder)
+                figures |= self.figures(params, "test", "test", folder) or {}
             elif "test" in splits:
-                figures = self.losses(params, {"": splits["test"].rows}) or {}
-                figures = {f"test/{name[5:]}": value for name, value in figures.items()}
+                losses = self.losses(params, {"": splits["test"].rows}) or {}
+                figures |= {f"test/{name[5:]}": value for name, value in losses.items()}
+                figures |= self.texts(params, "test", "test", folder)
         if figures:
             self.log.amend(last, figures)
 

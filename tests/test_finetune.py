@@ -23,12 +23,15 @@ from gptjax.config import (
     TuneConfig,
     to_json,
 )
+from gptjax.loading import check_origin, take_over
 from gptjax.metrics import read_metrics
 from gptjax.outcome import is_wrong, over_seeds
+from gptjax.prompting import Asking, Model, _Asker
 from gptjax.rundir import BusyError, CheckpointError, read_run
 from gptjax.sources import DataError
-from gptjax.tasks import make_task
+from gptjax.tasks import Problems, make_task
 from gptjax.tasks.dialogue import Message
+from gptjax.tasks.pairs import Pair
 from gptjax.tokenizer import ByteTokenizer
 from gptjax.train import fit
 
@@ -124,6 +127,65 @@ def test_a_run_without_a_validation_split_has_a_report_of_its_test_split(tmp_pat
     assert "accuracy" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_report_has_what_was_written_beside_what_is_right(tmp_path):
+    files = files_of("pairs", tmp_path)
+    task = {"kind": "pairs", "train": files, "valid": files, "written": 3}
+    fit(classes(tmp_path, task=task, steps=6, log_every=4), tmp_path / "run")
+    said = [json.loads(line) for line in (tmp_path / "run/said/valid.jsonl").open()]
+    assert [line["right"] for line in said] == ["eins", "zwei", "eins"]
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["step"] == 6 and 0 <= last["eval/chrf"] <= 100
+    run("report", tmp_path / "run")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "run" / name).read_text()
+        assert "chrf" in text and f"{last['eval/chrf']:.4f}" in text
+    wrong = [line for line in said if is_wrong(line)]
+    assert len(wrong) == round(3 * (1 - last["eval/exact"]))
+    title = f"Texts that are not exactly the right ones, {len(wrong)} of 3 of task.valid"
+    assert (title in (tmp_path / "run" / "report.md").read_text()) == bool(wrong)
+
+
+def test_a_run_that_is_told_to_be_less_patient_is_over(tmp_path):
+    config = classes(tmp_path, steps=40, eval_every=2, log_every=100)
+    still = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0)
+    config = replace(config, optimizer=still, save_every=3)
+    config = replace(config, task=replace(config.task, test=config.task.valid))
+    fit(replace(config, steps=5), tmp_path / "run")  # the last step is logged by no other rule
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < 5]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(kept))
+    fit(replace(config, task=replace(config.task, patience=1)), tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["step"] == 5 and "test/accuracy" in last
+
+
+def test_an_evaluation_that_was_cut_short_may_end_the_run(tmp_path):
+    config = classes(tmp_path, steps=20, eval_every=1, save_every=1)
+    still = OptimizerConfig(learning_rate=0.0, final_learning_rate=0.0)
+    config = replace(config, optimizer=still, task=replace(config.task, patience=2))
+    fit(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert lines[-1]["step"] == 3
+    lines[-1] = {name: x for name, x in lines[-1].items() if not name.startswith("eval/")}
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    fit(config, tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["step"] == 3 and "eval/accuracy" in last
+
+
+def test_epochs_are_the_steps_that_they_are(tmp_path):
+    config = classes(tmp_path, task={"epochs": 2.0}, steps=Config.steps, eval_every=None)
+    warm = replace(config, optimizer=OptimizerConfig(warmup_steps=Config.steps + 1))
+    with pytest.raises(ConfigError, match=r"steps = 6, as task\.epochs = 2 are: give fewer"):
+        fit(warm, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"which are 6 steps: give --task\.epochs None with"):
+        fit(replace(config, steps=5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    fit(config, tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+    fit(read_run(tmp_path / "run")[0], tmp_path / "again")  # a config with both, that agree
+
+
 def test_the_best_of_several_figures_is_the_first_of_the_largest():
     config = Config(task=TaskConfig(kind="classify"))
     figures = [0.5, 0.7, 0.7, 0.6]
@@ -148,6 +210,17 @@ def text_run(folder, **fields):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return text_run(tmp_path_factory.mktemp("base"))
+
+
+def test_rules_are_those_of_the_model_that_a_run_begins_with(base, tmp_path):
+    config = replace(classes(tmp_path, model=GPTConfig(), steps=1), init_from=str(base))
+    with pytest.raises(ConfigError, match=r"tune\.layers = 2, but model\.num_layers = 1"):
+        fit(replace(config, tune=TuneConfig(layers=2)), tmp_path / "run")
+    short = replace(config, model=GPTConfig(context_size=24))  # no parameter depends on it
+    assert take_over(short, base).model.context_size == 24
+    learned = text_run(tmp_path, model=replace(MODEL, positions="learned"))
+    with pytest.raises(CheckpointError, match=r"model\.context_size is 48 there and 24 here"):
+        check_origin(learned, take_over(short, learned).model, ByteTokenizer())
 
 
 def read(run_dir) -> dict[str, np.ndarray]:
@@ -292,9 +365,9 @@ def config():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["classify", "questions"])
+@pytest.mark.parametrize("kind", ["classify", "questions", "dialogue"])
 def test_two_processes_learn_a_task_as_one_does(kind, tmp_path, capsys):
-    files = files_of(kind, tmp_path) if kind == "questions" else ()
+    files = files_of(kind, tmp_path) if kind != "classify" else ()
     task = dict.fromkeys(("train", "valid", "test"), files) if files else {}
     config = classes(tmp_path, task={"kind": kind, "overlap": 8} | task)
     config = replace(config, task=replace(config.task, test=config.task.valid))
@@ -316,17 +389,51 @@ def test_two_processes_learn_a_task_as_one_does(kind, tmp_path, capsys):
     assert one == two
     assert (tmp_path / "two" / "report.html").exists()
     run("evaluate", tmp_path / "two")
-    figure = best_of(lines[1], config).figure
-    assert f" {figure:.4f}  (95 %" in capsys.readouterr().out
+    figure = f" {best_of(lines[1], config).figure:.4f}  (95 %"
+    assert (figure in capsys.readouterr().out) == (kind != "dialogue")
 
 
 def test_a_long_dialogue_gives_up_its_first_messages_but_not_the_scene():
     task, tokenizer = make_task(TaskConfig(kind="dialogue")), ByteTokenizer()
     messages = [Message("system", "be kind"), *[Message("user", f"{i}") for i in range(9)]]
-    ids = task.fitting_ids(messages, tokenizer, 60)
-    text = tokenizer.decode(ids.tolist())
-    assert len(ids) <= 60 and "be kind" in text and "8" in text and "0" not in text
-    assert len(task.fitting_ids(messages[1:2], tokenizer, 1)) > 1  # the last one stays
+    for late in (0, 3):  # where the scene is set
+        given = [*messages[1 : 1 + late], messages[0], *messages[1 + late :]]
+        ids, dropped = task.fitting_ids(given, tokenizer, 60)
+        text = tokenizer.decode(ids.tolist())
+        assert len(ids) <= 60 and "be kind" in text and "8" in text and "0" not in text
+        assert text.count("user") == 9 - dropped
+    assert len(task.fitting_ids(messages[1:2], tokenizer, 1)[0]) > 1  # the last one stays
+
+
+def test_a_reply_ends_where_its_turn_does(tmp_path, monkeypatch, capsys):
+    files = files_of("dialogue", tmp_path)
+    turn = "<|{role}|>{content}<|end|>\n"
+    task = {"kind": "dialogue", "train": files, "valid": files, "turn": turn}
+    config = classes(tmp_path, task=task, steps=30, eval_every=None, save_every=None)
+    fit(config, tmp_path / "run")
+    run("predict", tmp_path / "run", files[0], "--out", tmp_path / "out.jsonl")
+    assert {json.loads(line)["text"] for line in (tmp_path / "out.jsonl").open()} == {"ho"}
+    figures = read_metrics(tmp_path / "run")[-1]
+    assert "exact 1.0000; of what that step says" in capsys.readouterr().err
+    assert figures["eval/exact"] == 1 and figures["eval/chrf"] == 100
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nhi\n"))
+    capsys.readouterr()
+    run("chat", tmp_path / "run", "--temperature", 0)
+    assert capsys.readouterr().out.splitlines()[0] == "ho"
+    spaced = make_task(TaskConfig(kind="dialogue", turn="{role}: {content}\n"))
+    assert (spaced.stops, spaced.reply("ho\n"), spaced.reply("ho")) == ((), "ho", "ho")
+
+
+def test_no_example_is_among_its_own_shots():
+    task = make_task(TaskConfig(kind="pairs"))
+    training = [Pair(f"x:{i}", f"{i}", f"{i * i}", (("source", f"{i}"),)) for i in range(10)]
+    model = Model({}, replace(MODEL, context_size=999), ByteTokenizer())
+    for shots in (3, 10):
+        asker = _Asker(model, task, training, Asking(shots=shots), Problems("error", "x"))
+        for number, example in enumerate(training):
+            text, count = asker.shown(number, example, task.prompt(example), 10)
+            assert count == min(shots, 9) and text.endswith(f"\n\n{number}\n")
+            assert f"{number}\n{number**2}\n" not in text
 
 
 def run(*arguments) -> None:
@@ -397,6 +504,13 @@ def test_predict_reads_a_file_as_it_is_told(tuned, tmp_path):
     before = out.read_bytes()
     with pytest.raises(ConfigError, match="its line 1 does not say of"):
         run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    told = ["predict", tuned / "run", given, "--out", out, "--task.text-column", "said"]
+    with pytest.raises(ConfigError, match="or was made by another run, step or option"):
+        run(*told, "--step", 12)
+    run(*told)
+    given.write_text(given.read_text().replace("red", "rad").replace("blue", "blau"))
+    with pytest.raises(ConfigError, match="does not say of"):
+        run(*told)
     with pytest.raises(ConfigError, match="give --out FILE"):
         run("predict", tuned / "run", "red fire", "--task.text-column", "said")
     assert out.read_bytes() == before
@@ -420,6 +534,20 @@ def test_a_language_model_is_asked_in_words(base, tuned, capsys):
         assert "accuracy " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is of no task"):
         run("evaluate", base)
+    words = ["--task.words", "yes", "no"]  # for which labels is not said
+    with pytest.raises(ConfigError, match="a word for each of them"):
+        run("evaluate", base, *asked, *words)
+    with pytest.raises(ConfigError, match="choices, which are scored: leave it out"):
+        run("evaluate", base, *asked, "--beams", 2)
+    with pytest.raises(ConfigError, match="the run answers by its head: leave it out"):
+        run("evaluate", tuned / "run", "--shots", 2)
+    with pytest.raises(FileNotFoundError):  # before anything is asked
+        run("evaluate", base, *asked, "--out", tuned / "nowhere" / "out.jsonl")
+    pairs = ["--task.kind", "pairs", "--task.source-column", "text", "--task.target-column"]
+    pairs += ["label", "--task.valid", tuned / "valid.tsv", "--task.train", tuned / "train.tsv"]
+    how = ["--limit", 3, "--max-tokens", 6, "--shots", 1, "--beams", 2]
+    run("evaluate", base, *pairs, *how, "--out", tuned / "beams.jsonl")
+    assert not any("\n\n" in json.loads(line)["text"] for line in (tuned / "beams.jsonl").open())
     said = ["predict", base, tuned / "valid.tsv", "--out", tuned / "asked.jsonl"]
     with pytest.raises(ConfigError, match="the labels are not known"):
         run(*said, "--task.kind", "classify")
@@ -474,6 +602,8 @@ def test_a_report_has_the_figures_the_labels_taken_for_others_and_the_errors(tun
 
 
 def test_what_is_wrong_of_each_kind():
+    assert is_wrong({"right": "so", "text": "no"}) and not is_wrong({"right": "so ", "text": "so"})
+    assert is_wrong({"right": 1, "choice": 0}) and not is_wrong({"right": 1, "choice": 1})
     assert is_wrong({"right": ["a"], "label": "b"}) and not is_wrong({"right": ["a"], "label": "a"})
     assert is_wrong({"right": ["a", "b"], "labels": ["a"]})
     assert not is_wrong({"right": ["a", "b"], "labels": ["b", "a"]})  # they have no order

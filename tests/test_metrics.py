@@ -99,6 +99,12 @@ def test_more_is_logged_of_the_last_step(tmp_path):
         {"step": 2, "train/loss": None, "eval/loss": 0.5},
         {"step": 3, "train/loss": 1.0},
     ]
+    with Log(tmp_path, first_step=6, last_step=5) as log:
+        log.amend(5, {"test/loss": 0.25})  # which was not logged
+    assert [strict(line) for line in lines(tmp_path)][2:] == [
+        {"step": 3, "train/loss": 1.0},
+        {"step": 5, "test/loss": 0.25},
+    ]
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 7, "train/lo', "{"])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from small import MODERN, PLAIN
 
-from gptjax.config import Config, OptimizerConfig
+from gptjax.config import LORA_TARGETS, Config, OptimizerConfig, TuneConfig
 from gptjax.model import param_letters
 from gptjax.optim import decays, learning_rate, make_optimizer
+from gptjax.tuning import all_letters
 
 
 def rates(steps=100, **settings):
@@ -50,6 +51,14 @@ def test_matrices_and_embeddings_decay_and_nothing_else(model):
     for path, letters in jax.tree_util.tree_leaves_with_path(param_letters(model)):
         name = jax.tree_util.keystr(path)
         assert decays(letters) == ("bias" not in name and "norm" not in name), name
+
+
+def test_both_matrices_of_an_adapter_decay():
+    targets = tuple(LORA_TARGETS)
+    config = Config(model=MODERN, tune=TuneConfig(lora_rank=2, lora_targets=targets))
+    letters = all_letters(config)["lora"]
+    assert len(jax.tree.leaves(letters)) == 2 * len(targets)
+    assert all(jax.tree.leaves(jax.tree.map(decays, letters)))
 
 
 def test_the_direction_is_adamw_by_its_definition():

@@ -179,6 +179,7 @@ def test_a_long_text_has_windows_and_one_class():
     example = Classified("x:1", "abcdefghij" * 5, None, ("yes",))
     encoded = encode(CLASSES, example, size=30)
     assert len(encoded) > 1 and all(one.targets[-1] == 1 for one in encoded)
+    assert sum(one.weights.sum() for one in encoded) == pytest.approx(1)  # as a short one
     outputs = [np.zeros((len(one.tokens), 3)) for one in encoded]
     outputs[0][-1] = [0, 0, 9]
     outputs[1][-1] = [0, 1, 0]

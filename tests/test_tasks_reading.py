@@ -597,6 +597,8 @@ def test_parallel_files(tmp_path):
         read(config, one, other)
     with pytest.raises(DataError, match="1 files, but parallel text comes in pairs"):
         read(config, one)
+    asked = [*make_task(config).read([str(one)], Problems("skip", "x"), labelled=False)]
+    assert [(pair.source, pair.target) for pair in asked] == [("Yes.", None), ("No.", None)]
 
 
 def test_roles_of_messages(tmp_path):
@@ -648,6 +650,11 @@ def test_a_config_of_a_task():
         (TaskConfig(kind="classify", labels=("a", "b"), words=("yes",)), "a word for each"),
         (TaskConfig(kind="dialogue", turn="{content}: {role}"), "before {content}"),
         (TaskConfig(kind="classify", file_format="parallel"), "give task.kind pairs"),
+        (TaskConfig(epochs=3.0), "task.epochs = 3.0, but task.kind is None"),
+        (TaskConfig(patience=3), "task.patience = 3, but task.kind is None"),
+        (TaskConfig(kind="pairs", several=True), "leave it out, or give task.kind classify"),
+        (TaskConfig(kind="classify", repeat=True), "leave it out, or give task.kind entities"),
+        (TaskConfig(kind="questions", class_weights="balanced"), "task.class_weights"),
     ]
     for task, said in wrong:
         with pytest.raises(ConfigError, match=said.replace("{", r"\{")):

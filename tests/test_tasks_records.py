@@ -45,7 +45,11 @@ def test_sets_are_found_and_what_has_a_line_is_not_done_again(records, options):
     again = [(name, way, seed) for name, _, way, seed in records.todo(options, tasks)]
     assert {*todo} - {*again} == {("mine", "lora", 1)}
     records.append(Path(options.out), {"set": "other"})
-    assert records.lines_of(options)[1:] == [{"set": "other"}]
+    assert records.lines_of(options)[1:] == [{"set": "other", "given": {}}]
+    # What was made by other settings is another result.
+    other = replace(options, lora_rank=16)
+    third = [(name, way, seed) for name, _, way, seed in records.todo(other, tasks)]
+    assert {*third} == {*todo}
 
 
 def test_the_table_has_the_median_over_seeds(records, options):

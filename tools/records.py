@@ -158,7 +158,8 @@ class Options:
     texts: int = 300  # validation texts that are translated
     quick: bool = False  # 20 steps, one seed, few texts: to see that it works
     keep: bool = False
-    more: dict[str, str] = field(default_factory=dict)  # options of every run, as in steps 100
+    # options of every run, as in optimizer.beta2 0.99
+    more: dict[str, str] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -229,7 +230,11 @@ def ways_of(task: TaskConfig) -> list[str]:
 def key_of(options: Options, name: str, way: str, seed: int) -> dict[str, Any]:
     """By which a result is known again."""
     run = None if way == "baseline" else str(Path(options.run).absolute())
-    return {"set": name, "way": way, "seed": seed, "run": run, "quick": options.quick}
+    key = {"set": name, "way": way, "seed": seed, "run": run, "quick": options.quick}
+    settings = ("batch_size", "lora_rank", "texts", "more") if run else ()
+    given = {name: getattr(options, name) for name in settings}
+    plain = Options(run="", folders=())
+    return key | {"given": {n: x for n, x in given.items() if x != getattr(plain, n)}}
 
 
 def todo(
@@ -252,7 +257,7 @@ def lines_of(options: Options) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.splitlines():
         with suppress(ValueError):
-            found.append(json.loads(line))
+            found.append({"given": {}} | json.loads(line))
     return found
 
 
@@ -299,7 +304,7 @@ def config_of(options: Options, task: TaskConfig, way: str, seed: int) -> Config
     rate = RATES.get(way, USUAL_RATE)
     config = Config(
         name=f"{way}-{seed}",
-        task=replace(task, repeat=way == "repeated"),
+        task=replace(task, repeat=way == "repeated", written=0),
         tune=TuneConfig(lora_rank=options.lora_rank if way == "lora" else None),
         optimizer=OptimizerConfig(learning_rate=rate, weight_decay=0.01),
         init_from=options.run,
@@ -370,8 +375,7 @@ def table(options: Options, tasks: dict[str, TaskConfig]) -> str:
     for name, task in tasks.items():
         row = [name, figure_of(task)]
         for way in ways:
-            key = {"set": name, "way": way, "quick": options.quick}
-            key |= {"run": key_of(options, name, way, 0)["run"]}
+            key = {one: x for one, x in key_of(options, name, way, 0).items() if one != "seed"}
             values = [line["figure"] for line in lines if key.items() <= line.items()]
             cell = f"{statistics.median(values):.4f}" if values else ""
             if len(values) > 1:

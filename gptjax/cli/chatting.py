@@ -47,12 +47,13 @@ def chat(run_dir: str, given: Chat) -> None:
         temperature=given.temperature,
         top_k=given.top_k,
         top_p=given.top_p,
+        stop=task.stops,
     )
     messages = [Message("system", given.system)] if given.system else []
     for number, line in enumerate(_lines()):
         messages.append(Message("user", line))
         most = model.context_size - sampling.max_tokens
-        ids = task.fitting_ids(messages, tokenizer, most)
+        ids, _ = task.fitting_ids(messages, tokenizer, most)
         key, reply = jax.random.fold_in(jax.random.key(given.seed), number), ""
         for text in stream_text(
             params, ids.tolist(), model, sampling, key, end=tokenizer.end, tokenizer=tokenizer
@@ -60,7 +61,7 @@ def chat(run_dir: str, given: Chat) -> None:
             print(text, end="", flush=True)
             reply += text
         print(flush=True)
-        messages.append(Message("assistant", reply))
+        messages.append(Message("assistant", task.reply(reply)))
 
 
 def _lines() -> Iterator[str]:

@@ -1,9 +1,10 @@
 """The verbs of labelled tasks: `gptjax evaluate`, and `gptjax predict RUN FILE --out FILE`."""
 
 import fcntl
+import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from gptjax.config import (
     TaskConfig,
     TuneConfig,
     Whole,
+    check_task,
     from_json,
+    to_json,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ class Evaluate:
 def evaluate(run_dir: str, given: Evaluate) -> None:
     """Print the task's figures, and the interval of the one that it is measured by."""
     from gptjax.tasks import Problems
-    from gptjax.tasks.metrics import bootstrap, figure_of
+    from gptjax.tasks.metrics import bootstrap, figure_of, need_packages
 
     config = task_config(run_dir, given.task)
     paths = getattr(config.task, given.split)
@@ -57,6 +60,9 @@ def evaluate(run_dir: str, given: Evaluate) -> None:
         raise ConfigError(f"task.{given.split} is empty: give --task.{given.split} FILE")
     problems = Problems(config.task.on_bad_example, f"task.{given.split}")
     task, training = _task_of(config, given.shots)
+    need_packages(task.name)
+    if given.out:
+        Path(given.out).open("a").close()  # fails now, if it is going to
     examples = list(itertools.islice(task.read(paths, problems), given.limit))
     problems.refuse()
     if not task.labels:
@@ -69,8 +75,6 @@ def evaluate(run_dir: str, given: Evaluate) -> None:
     if not pairs:
         raise ConfigError(f"task.{given.split}: no example is left that a row holds")
     examples, predictions = map(list, zip(*pairs, strict=True))
-    if given.out:
-        _write_lines(Path(given.out), examples, predictions, "w")
     print(f"{len(examples):,} examples of task.{given.split}, at step {said.step:,}{said.about}")
     name, parts = task.measure(examples, predictions)
     for figure, value in task.metrics(examples, predictions).items():
@@ -79,6 +83,10 @@ def evaluate(run_dir: str, given: Evaluate) -> None:
             low, high = bootstrap(parts, figure_of(name))
             interval = f"  (95 % of resamples: {low:.4f} to {high:.4f})"
         print(f"{figure:16} {value:.4f}{interval}")
+    if given.out:
+        Path(given.out).write_text(
+            "".join(_line(*pair) for pair in zip(examples, predictions, strict=True)), "utf-8"
+        )
 
 
 def predict_file(
@@ -106,14 +114,17 @@ def predict_file(
     if task.name in ("classify", "entities") and not task.labels:
         raise ConfigError("the labels are not known: give --task.labels, or --task.train FILE")
     examples = iter(task.read((path,), problems, labelled=False))
+    how = Asking(0, seed, batch_size, max_tokens, beams, temperature)
     with _alone(Path(out)):
-        before = done = _pass_over(examples, Path(out), path)
-        how = Asking(0, seed, batch_size, max_tokens, beams, temperature)
         said = _Speaker(run_dir, config, task, step, how, ())
+        before = done = _pass_over(examples, Path(out), path, said.settings)
         while chunk := list(itertools.islice(examples, CHUNK)):
             predictions = said.of(chunk, problems, done)
             problems.refuse()
-            _write_lines(Path(out), chunk, predictions, "a")
+            with Path(out).open("a", encoding="utf-8") as file:
+                for example, one in zip(chunk, predictions, strict=True):
+                    one = {"too_long": True} if one is None else one
+                    file.write(_line(example, {"key": _key(example, said.settings)} | one))
             done += len(chunk)
     problems.refuse()
     for line in problems.lines():
@@ -137,11 +148,13 @@ def task_config(run_dir: str, task: TaskConfig | None = None) -> Config:
     from gptjax.rundir import read_run
 
     config = read_run(Path(run_dir))[0]
-    config = replace(config, task=task or config.task)
+    own = config.task
+    config = replace(config, task=task or own)
     if config.task.kind is None:
         raise ConfigError(
             f"{run_dir} is of no task: give --task.kind, such as --task.kind classify, and files"
         )
+    check_task(config.task, own)
     return config
 
 
@@ -184,6 +197,9 @@ class _Speaker:
         params = load_params(Path(run_dir), config.model, self.mesh, self.step)
         config = replace(config, tune=TuneConfig())  # what it trained is merged
         self.config, self.task, self.how, self.training = config, task, how, training
+        # All that what is said depends on, but for the example and the size of a batch.
+        settings = to_json(own), self.step, task, how._replace(batch_size=0, first=0)
+        self.settings = hashlib.sha256(repr(settings).encode("utf-8", "replace")).digest()
         self.model = Model(params, config.model, tokenizer)
         self.label_step = jit_label_step(config, self.mesh) if self.by_head else None
         self.about = ""
@@ -193,8 +209,9 @@ class _Speaker:
     ) -> "list[Prediction | None]":
         """What is said of each; None of one that is too long. `first` is the first one's number."""
         from gptjax.labelled import make_split, predict
-        from gptjax.prompting import ask
+        from gptjax.prompting import ask, refuse_idle
 
+        refuse_idle(self.task, examples, self.how, by_head=self.by_head)
         if not self.by_head:
             how = self.how._replace(first=first)
             answers = ask(self.model, self.task, examples, self.training, how, problems)
@@ -225,7 +242,8 @@ def _task_of(config: Config, shots: int) -> "tuple[Task, list[Any]]":
     from gptjax.tasks import Problems, make_task
 
     task, examples = make_task(config.task), []
-    if config.task.train and (shots or not task.labels):
+    learns = task.name in ("classify", "entities") and not task.labels
+    if config.task.train and (shots or learns):
         problems = Problems(config.task.on_bad_example, "task.train")
         examples = list(task.read(config.task.train, problems))
         problems.refuse()
@@ -250,12 +268,13 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _pass_over(examples: "Iterator[Any]", out: Path, path: str) -> int:
+def _pass_over(examples: "Iterator[Any]", out: Path, path: str, settings: bytes) -> int:
     """Pass over the examples that a file has whole lines of, and count them; what was being written
     when a process was killed goes.
 
     Raises:
-      ConfigError: if the lines are of other examples; nothing is changed.
+      ConfigError: if the lines are of other examples, or were made in another way; nothing is
+        changed.
     """
     done = size = 0
     with out.open("rb+") as file:
@@ -263,11 +282,11 @@ def _pass_over(examples: "Iterator[Any]", out: Path, path: str) -> int:
             if not line.endswith(b"\n"):
                 break
             example = next(examples, None)
-            begins = None if example is None else _line(example, {})[:-1].encode()
+            begins = example and _line(example, {"key": _key(example, settings)})[:-2].encode()
             if begins is None or not line.startswith(begins):
                 raise ConfigError(
-                    f"--out {out}: its line {done + 1:,} does not say of {path} what comes "
-                    "there: give another --out, or delete it"
+                    f"--out {out}: its line {done + 1:,} does not say of {path} what comes there, "
+                    "or was made by another run, step or option: give another --out, or delete it"
                 )
             done, size = done + 1, size + len(line)
         file.truncate(size)
@@ -275,13 +294,10 @@ def _pass_over(examples: "Iterator[Any]", out: Path, path: str) -> int:
 
 
 def _line(example: Any, said: "Prediction") -> str:
-    return json.dumps({"where": example.where} | said, ensure_ascii=False)
+    """A line of JSON: where an example was read, and what was said of it."""
+    return json.dumps({"where": example.where} | said, ensure_ascii=False) + "\n"
 
 
-def _write_lines(
-    path: Path, examples: Iterable[Any], predictions: "Iterable[Prediction | None]", mode: str
-) -> None:
-    """A line of JSON for each example: where it was read, and what was said."""
-    with path.open(mode, encoding="utf-8") as file:
-        for example, said in zip(examples, predictions, strict=True):
-            file.write(_line(example, {"too_long": True} if said is None else said) + "\n")
+def _key(example: Any, settings: bytes) -> str:
+    """What a line is known by: it is another for another example, run, step or option."""
+    return hashlib.sha256(settings + repr(example).encode("utf-8", "replace")).hexdigest()[:12]

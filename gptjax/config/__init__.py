@@ -38,7 +38,7 @@ from gptjax.config.kinds import (
     kind_of,
     refuse,
 )
-from gptjax.config.rules import check, violations
+from gptjax.config.rules import check, check_task, schedule_problems, violations
 
 __all__ = [
     "BLOCK_ROWS",
@@ -66,6 +66,7 @@ __all__ = [
     "TuneConfig",
     "Whole",
     "check",
+    "check_task",
     "default_ffn_size",
     "did_you_mean",
     "field_problems",
@@ -74,6 +75,7 @@ __all__ = [
     "load_experiment",
     "load_function",
     "refuse",
+    "schedule_problems",
     "to_json",
     "violations",
     "weight_at",

@@ -255,6 +255,9 @@ class TaskConfig:
     # in training, evaluations without a better figure after which the run ends; None: it goes to
     # its last step. The best step is kept in any case
     patience: Count | None = None
+    # of pairs, dialogue and choices: examples of a split, the first, for which the best step writes
+    # a text, or chooses one, at the end of training: for the figures and the report
+    written: Whole = 100
     # of classes: this share of each target is spread over all labels
     label_smoothing: Share = 0.0
     # of classes, entities and questions: the loss of the token that follows is added with this

@@ -14,6 +14,8 @@ from gptjax.config.fields import (
     LORA_TARGETS,
     MOST_SPIKE_WINDOW,
     Config,
+    TaskConfig,
+    TuneConfig,
     default_ffn_size,
     weight_at,
 )
@@ -64,6 +66,36 @@ def _readable(path: str, value: Any, wrong: Collection[str]) -> Any:
             if below not in wrong
         }
     )
+
+
+HEADS = ("classify", "entities", "questions")  # tasks with a head of their own
+# Fields of a task that only some kinds read.
+KINDS_OF = {
+    "second_column": ("classify",),
+    "label_column": ("classify", "entities", "choices"),
+    "several": ("classify",),
+    "label_separator": ("classify",),
+    "class_weights": ("classify", "entities"),
+    "label_smoothing": ("classify", "entities"),
+    "scheme": ("entities",),
+    "joiner": ("entities",),
+    "repeat": ("entities",),
+    "max_answer": ("questions",),
+    "answers": ("questions",),
+    "source_column": ("pairs",),
+    "target_column": ("pairs",),
+    "bleu_tokens": ("pairs", "dialogue"),
+    "messages_column": ("dialogue",),
+    "role_key": ("dialogue",),
+    "content_key": ("dialogue",),
+    "assistant": ("dialogue",),
+    "system": ("dialogue",),
+    "turn": ("dialogue",),
+    "choice_columns": ("choices",),
+    "words": ("classify",),
+    "written": ("pairs", "dialogue", "choices"),
+    "lm_weight": HEADS,
+}
 
 
 # --- rules between fields: each yields its violations ------------------------------------------
@@ -148,12 +180,22 @@ def _head(config: Config, _: int | None) -> Iterator[str]:
 
 def _tune(config: Config, _: int | None) -> Iterator[str]:
     tune = config.tune
-    if tune.layers is not None and tune.layers > config.model.num_layers and not config.init_from:
+    if tune.layers is not None and tune.layers > config.model.num_layers:
         yield (
             f"tune.layers = {tune.layers}, but model.num_layers = {config.model.num_layers}: give "
             "at most as many"
         )
+    says_labels = config.task.kind in HEADS or config.model.head != "lm"
+    bare = config.model.norm_place == "after" and config.model.tied_embedding
+    if tune.layers == 0 and bare and not says_labels:
+        yield "tune.layers = 0, but the head of this model has nothing to train: give more layers"
     if tune.lora_rank is None:
+        for name in ("lora_alpha", "lora_targets"):
+            if (given := getattr(tune, name)) != getattr(TuneConfig, name):
+                yield (
+                    f"tune.{name} = {given!r}, but tune.lora_rank is None: give --tune.lora-rank, "
+                    f"or leave tune.{name} out"
+                )
         return
     if tune.layers is not None:
         yield (
@@ -192,13 +234,22 @@ def _learning_rates(config: Config, _: int | None) -> Iterator[str]:
 
 
 def _schedule(config: Config, _: int | None) -> Iterator[str]:
+    if config.task.kind is None or config.task.epochs is None:  # else its steps are not known yet
+        yield from schedule_problems(config)
+
+
+def schedule_problems(config: Config) -> Iterator[str]:
+    """Whether the parts of the learning rate's schedule fit into the steps."""
     names = ("warmup_steps", "decay_steps", "final_steps")
     parts = {name: getattr(config.optimizer, name) or 0 for name in names}
     if (total := sum(parts.values())) > config.steps:
         terms = " + ".join(f"{name} {size}" for name, size in parts.items())
+        of, more = "", f"steps {total}"
+        if config.task.kind and config.task.epochs is not None:
+            of, more = f", as task.epochs = {config.task.epochs:g} are", "more epochs"
         yield (
-            f"optimizer: {terms} = {total}, but steps = {config.steps}: "
-            f"give fewer of them, or steps {total}"
+            f"optimizer: {terms} = {total}, but steps = {config.steps}{of}: "
+            f"give fewer of them, or {more}"
         )
 
 
@@ -235,13 +286,14 @@ def _data(config: Config, _: int | None) -> Iterator[str]:
 def _task(config: Config, _: int | None) -> Iterator[str]:
     task = config.task
     if task.kind is None:
-        for name in ("train", "valid", "test"):
-            if given := getattr(task, name):
+        for name in ("train", "valid", "test", "epochs", "patience", *KINDS_OF):
+            if (given := getattr(task, name)) != getattr(TaskConfig, name):
                 yield (
                     f"task.{name} = {reprlib.repr(given)}, but task.kind is None: give "
                     "task.kind, such as --task.kind classify"
                 )
         return
+    yield from _of_other_kinds(task, TaskConfig())
     if not task.train:
         yield "task.train is empty: give files of labelled examples, as in --task.train train.tsv"
     if config.eval_every is not None and not task.valid:
@@ -251,11 +303,32 @@ def _task(config: Config, _: int | None) -> Iterator[str]:
         )
 
 
+def _of_other_kinds(task: TaskConfig, plain: TaskConfig) -> Iterator[str]:
+    """Fields that make no difference to a task, where they are not as in another one."""
+    for name, kinds in KINDS_OF.items():
+        if (given := getattr(task, name)) != getattr(plain, name) and task.kind not in kinds:
+            yield (
+                f"task.{name} = {reprlib.repr(given)}, but task.kind = {task.kind!r}: leave it "
+                f"out, or give task.kind {' or '.join(kinds)}"
+            )
+
+
+def check_task(task: TaskConfig, own: TaskConfig) -> None:
+    """Refuse a task that a run cannot be asked.
+
+    Args:
+      own: the run's task, whose fields are no mistakes.
+    Raises:
+      ConfigError: with all violations.
+    """
+    refuse([*_of_other_kinds(task, own), *_task_texts(Config(task=task), None)])
+
+
 def _task_evaluation(config: Config, _: int | None) -> Iterator[str]:
     task = config.task
     if task.kind is None:
         return
-    if config.eval_batches is not None and task.kind in ("classify", "entities", "questions"):
+    if config.eval_batches is not None and task.kind in HEADS:
         yield (
             f"eval_batches = {config.eval_batches}, but the figures of a task are those of all "
             "examples: give eval_batches None, and fewer examples in task.valid"
@@ -269,19 +342,7 @@ def _task_evaluation(config: Config, _: int | None) -> Iterator[str]:
 
 def _task_losses(config: Config, _: int | None) -> Iterator[str]:
     task, model = config.task, config.model
-    if task.label_smoothing and task.kind not in ("classify", "entities"):
-        yield (
-            f"task.label_smoothing = {task.label_smoothing:g}, but task.kind = {task.kind!r} has "
-            "no labels: give 0, or task.kind classify or entities"
-        )
-    if not task.lm_weight:
-        return
-    if task.kind not in ("classify", "entities", "questions"):
-        yield (
-            f"task.lm_weight = {task.lm_weight:g}, but task.kind = {task.kind!r}: give 0, or "
-            "task.kind classify, entities or questions"
-        )
-    if model.bidirectional or not model.tied_embedding:
+    if task.lm_weight and (model.bidirectional or not model.tied_embedding):
         yield (
             f"task.lm_weight = {task.lm_weight:g} needs model.bidirectional False and "
             "model.tied_embedding True: give these, or 0"

@@ -40,6 +40,7 @@ class Choices:
     head: Literal["lm"] = "lm"
     labels = ()
     several = False
+    stops = ()
 
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True

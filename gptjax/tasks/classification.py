@@ -58,6 +58,7 @@ class Classification:
 
     name = "classify"
     head: Literal["label"] = "label"
+    stops = ()
 
     @property
     def several(self) -> bool:
@@ -158,15 +159,15 @@ class Classification:
             found = windows(np.ones(len(first), int), room, self.config.overlap)
             parts = [(one.start, one.stop) for one in found]
         encoded = []
-        for start, stop in parts:
+        for start, stop in parts:  # together they weigh as much as one that is short
             tokens = joined([begin, first[start:stop], rest, end])
             # Words of bits need as many tokens, and a label one.
             missing = np.full(max(words - len(tokens), 0), tokenizer.end)
             tokens = joined([missing, tokens])
-            encoded.append(self._encoded(example, tokens))
+            encoded.append(self._encoded(example, tokens, share=1 / len(parts)))
         return encoded
 
-    def _encoded(self, example: Classified, tokens: np.ndarray) -> Encoded:
+    def _encoded(self, example: Classified, tokens: np.ndarray, share: float) -> Encoded:
         last, targets = len(tokens) - 1, np.zeros(len(tokens), np.int32)
         weights = np.zeros(len(tokens), np.float32)
         if example.labels is not None:
@@ -176,9 +177,9 @@ class Classification:
                     targets[last - number // WORD_BITS] |= 1 << number % WORD_BITS
             else:
                 targets[last] = numbers[0]
-            weights[last] = 1.0
+            weights[last] = share
             if self.weights and numbers:
-                weights[last] = np.mean([self.weights[number] for number in numbers])
+                weights[last] *= np.mean([self.weights[number] for number in numbers])
         return Encoded(tokens, targets, weights, np.int32([[last, 0, 0]]))
 
     def decode(

@@ -54,6 +54,17 @@ class Dialogues:
     labels = ()
     several = False
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What comes after a message, and so ends a reply, if it is more than blanks."""
+        ending = self.config.turn.partition("{content}")[2].strip()
+        return (ending,) if ending else ()
+
+    def reply(self, text: str) -> str:
+        """What was said in a text that one of `stops`, or the end-of-text, has ended."""
+        after = self.config.turn.partition("{content}")[2]
+        return text.removesuffix(after[: len(after) - len(after.lstrip())])
+
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Dialogue]:
@@ -117,17 +128,17 @@ class Dialogues:
 
     def fitting_ids(
         self, messages: Sequence[Message], tokenizer: Tokenizer, most: int
-    ) -> np.ndarray:
-        """The ids after which the assistant replies, of as many of the last messages as fit; those
-        of the system stay.
+    ) -> tuple[np.ndarray, int]:
+        """The ids after which the assistant replies, without as many of the first messages as do
+        not fit, and how many these are; those of the system stay, and so does the last.
         """
-        first = sum(one.role == "system" for one in messages)
-        scene, said = messages[:first], messages[first:]
+        kept = list(messages)
         while True:
-            ids = self.prompt_ids([*scene, *said], tokenizer)
-            if len(ids) <= most or len(said) < 2:
-                return ids
-            said = said[1:]
+            ids = self.prompt_ids(kept, tokenizer)
+            first = next((i for i, one in enumerate(kept[:-1]) if one.role != "system"), None)
+            if len(ids) <= most or first is None:
+                return ids, len(messages) - len(kept)
+            del kept[first]
 
     def encode(
         self, example: Dialogue, tokenizer: Tokenizer, size: int, problems: Problems
@@ -186,7 +197,7 @@ class Dialogues:
         raise AssertionError("replies are written, not chosen")
 
     def from_text(self, example: Dialogue, text: str) -> Prediction:
-        return {"text": text.strip()}
+        return {"text": self.reply(text).strip()}
 
     def metrics(
         self, examples: Sequence[Dialogue], predictions: Sequence[Prediction]

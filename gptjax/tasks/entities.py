@@ -53,6 +53,7 @@ class Entities:
     name = "entities"
     head: Literal["label"] = "label"
     several = False
+    stops = ()
 
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True

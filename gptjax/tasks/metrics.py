@@ -275,6 +275,16 @@ def text_figures(
     return {"bleu": bleu.score, "chrf": chrf.score} | figures
 
 
+def need_packages(kind: str) -> None:
+    """Refuse a kind of task whose figures need a package that is not there.
+
+    Raises:
+      ConfigError: with how to install it.
+    """
+    if kind in ("pairs", "dialogue"):
+        needed("sacrebleu", "tasks", f"task.kind {kind}")
+
+
 def bleu_tokens(right: Sequence[Sequence[str]]) -> str:
     """How BLEU divides texts, by the script they are mostly written in: "zh" for ideographs, "char"
     for others without spaces, as kana and Thai are, and "13a", of the WMT, for all the rest.

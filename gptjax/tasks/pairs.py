@@ -45,12 +45,13 @@ class Pairs:
     head: Literal["lm"] = "lm"
     labels = ()
     several = False
+    stops = ()
 
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Pair]:
         make = functools.partial(self._example, labelled=labelled)
-        return read_examples(self.config, paths, problems, make)
+        return read_examples(self.config, paths, problems, make, labelled=labelled)
 
     def _example(self, record: Record, labelled: bool) -> Pair:
         source = text_in(record.value, self.config.source_column)
@@ -109,13 +110,17 @@ class Pairs:
     def metrics(
         self, examples: Sequence[Pair], predictions: Sequence[Prediction]
     ) -> dict[str, float]:
-        """BLEU and chrF; right are all targets that the examples have for the same prompt."""
+        """BLEU and chrF; right are all targets that the examples have for the same prompt, and
+        `references` says how many these are on average, if they are more than one.
+        """
         right: dict[str, list[str]] = {}
         for one in examples:
             right.setdefault(self.prompt(one), []).append(one.target or "")
         references = [list(dict.fromkeys(right[self.prompt(one)])) for one in examples]
         texts = [one["text"] for one in predictions]
-        return text_figures(references, texts, self.config.bleu_tokens)
+        figures = text_figures(references, texts, self.config.bleu_tokens)
+        mean = sum(map(len, references)) / max(len(references), 1)
+        return figures | ({"references": mean} if mean > 1 else {})
 
     def measure(
         self, examples: Sequence[Pair], predictions: Sequence[Prediction]

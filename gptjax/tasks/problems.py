@@ -8,7 +8,7 @@ from gptjax.sources import DataError
 
 SHOWN = 3  # of the records with one kind of problem, how many a message names
 
-Action = Literal["left out", "repaired", "kept"]
+Action = Literal["left out", "repaired", "kept", "cut"]
 
 
 @dataclass

@@ -62,6 +62,7 @@ class Questions:
     head: Literal["span"] = "span"
     labels = ()
     several = False
+    stops = ()
 
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True

@@ -43,15 +43,19 @@ class Flaw(ValueError):
         self.kind = kind
 
 
-def read_records(config: TaskConfig, paths: Iterable[str], problems: Problems) -> Iterator[Record]:
+def read_records(
+    config: TaskConfig, paths: Iterable[str], problems: Problems, *, labelled: bool = True
+) -> Iterator[Record]:
     """The records of all files, in order. A file is read as it goes, but for JSON and YAML.
 
+    Args:
+      labelled: False: of parallel text the given texts may be alone.
     Raises:
       DataError: for a path that is not there, or a file that cannot be read at all.
     """
     files = list(find_files(config, paths, problems.split))
     if config.file_format == "parallel":
-        yield from _parallel(files, problems)
+        yield from _parallel(files, problems, labelled)
         return
     for source, kind, key in files:
         match kind:
@@ -83,13 +87,16 @@ def read_examples(
     paths: Iterable[str],
     problems: Problems,
     make: Callable[[Record], Any],
+    *,
+    labelled: bool = True,
 ) -> Iterator[Any]:
     """What `make` makes of each record; one in which it finds a flaw is told of, and left out.
+    For `labelled` see `read_records`.
 
     Raises:
       DataError: as `read_records` does.
     """
-    for record in read_records(config, paths, problems):
+    for record in read_records(config, paths, problems, labelled=labelled):
         try:
             example = make(record)
         except Flaw as flaw:
@@ -363,8 +370,18 @@ def _is_comment(
     return plain_tag(columns[-1], config.scheme) is None
 
 
-def _parallel(files: list[tuple[Source, str, str]], problems: Problems) -> Iterator[Record]:
-    """Lines of two files in turn that belong together."""
+def _parallel(
+    files: list[tuple[Source, str, str]], problems: Problems, labelled: bool
+) -> Iterator[Record]:
+    """Lines of two files in turn that belong together; without labels one file is enough."""
+    if len(files) == 1 and not labelled:
+        ((only, *_),) = files
+        with open_bytes(only.where) as file:
+            for number, text in _lines(file, only.where, problems):
+                if text is not None:
+                    problems.read += 1
+                    yield Record(f"{only.where}:{number}", {"source": text})
+        return
     if len(files) % 2:
         raise DataError(
             f"{problems.split}: {len(files)} files, but parallel text comes in pairs: give the "

@@ -55,6 +55,7 @@ class Task(Protocol):
     head: Literal["lm", "label", "span"]
     labels: tuple[str, ...]  # classes or tags, in the order of the head's outputs; () for others
     several: bool  # any number of labels is right at once
+    stops: tuple[str, ...]  # strings that end a text that is written
 
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True

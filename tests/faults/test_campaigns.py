@@ -50,9 +50,9 @@ def test_kills_of_one_of_two_processes(lab):
     from faults import kills
 
     # Most of the time the others wait, until they know that one is lost.
-    outcome = kills(lab, count=6, steps=150, span=SPAN, processes=2, jobs=JOBS)
+    outcome = kills(lab, count=4, steps=150, span=SPAN, processes=2, jobs=4)
     assert_well(outcome)
-    assert outcome.figures["kills"] == 6
+    assert outcome.figures["kills"] == 4
 
 
 def test_a_kill_at_each_point(lab):
