@@ -57,8 +57,8 @@ def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelle
       ConfigError: if the model has another head.
     """
     task, splits, found = make_task(config.task), {}, {}
-    if config.task.written:
-        need_packages(task.name)
+    if config.task.written and (config.task.valid or config.task.test):
+        need_packages(task.name, "; or --task.written 0, if the loss is enough")
     for name in ("train", "valid", "test"):
         if not (paths := getattr(config.task, name)):
             continue
@@ -78,15 +78,9 @@ def with_steps(config: Config, rows: ExampleRows) -> Config:
     """The config with the steps that its epochs are.
 
     Raises:
-      ConfigError: if it gives other steps, or a schedule that is longer.
+      ConfigError: if it gives a schedule that is longer.
     """
-    epochs = config.task.epochs
-    steps = max(round(epochs * rows.num_rows / rows.batch_size), 1)
-    if config.steps not in (steps, Config.steps):
-        raise ConfigError(
-            f"steps = {config.steps:,}, but task.epochs = {epochs:g}, which are {steps:,} steps: "
-            "give --task.epochs None with --steps, or epochs alone"
-        )
+    steps = max(round(config.task.epochs * rows.num_rows / rows.batch_size), 1)
     config = replace(config, steps=steps)
     refuse(list(schedule_problems(config)))
     return config

@@ -1,6 +1,6 @@
 """Tasks that a language model is asked in words: choices that it scores, texts that it writes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,19 +52,21 @@ def ask(
     training: Sequence[Any],
     how: Asking,
     problems: Problems,
+    begin: Callable[[], bool] = lambda: True,
 ) -> Answers:
     """What a language model says of every example that its context holds.
 
     Args:
       training: examples that shots are drawn from.
       problems: told of examples that are too long. Of a dialogue the first messages are given up.
+      begin: asked before each batch; False ends it, and nothing is said of any example.
     Raises:
       ConfigError: if there are no examples for shots.
       DataError: if one is too long that is not to be left out.
     """
     if how.shots and not training:
         raise ConfigError(f"--shots {how.shots}: there are no training examples: give --task.train")
-    asker = _Asker(model, task, training, how, problems)
+    asker = _Asker(model, task, training, how, problems, begin)
     refuse_idle(task, examples, how)
     if examples and task.requests(examples[0]):
         return asker.choose(examples)
@@ -72,13 +74,19 @@ def ask(
 
 
 def say_at_end(
-    params: Params, config: Config, task: Task, examples: Sequence[Any], tokenizer: Tokenizer
+    params: Params,
+    config: Config,
+    task: Task,
+    examples: Sequence[Any],
+    tokenizer: Tokenizer,
+    begin: Callable[[], bool],
 ) -> list[Prediction | None]:
     """What a language model writes for examples, or chooses: the likeliest token each time, and at
     most half as many again as the longest right text has.
 
     Args:
       params: of the model alone.
+      begin: asked before each batch; False ends it, and nothing is said of any example.
     """
     platform = jax.tree.leaves(params)[0].sharding.mesh.devices.flat[0].platform
     model = Model(params, resolve(config.model, platform)[0], tokenizer)
@@ -86,7 +94,7 @@ def say_at_end(
     ending = max((len(tokenizer.encode(stop)) for stop in task.stops), default=1)
     most = min(longest + longest // 2 + ending, max(config.model.context_size // 2, 1))
     how = Asking(batch_size=min(config.batch_size, 16), max_tokens=most)
-    return ask(model, task, examples, (), how, Problems("skip", "")).predictions
+    return ask(model, task, examples, (), how, Problems("skip", ""), begin).predictions
 
 
 def refuse_idle(task: Task, examples: Sequence[Any], how: Asking, *, by_head: bool = False) -> None:
@@ -123,11 +131,14 @@ class _Asker(NamedTuple):
     training: Sequence[Any]
     how: Asking
     problems: Problems
+    begin: Callable[[], bool] = lambda: True
 
-    def holds(self, example: Any, length: int) -> bool:
-        """Whether so many ids are read without giving up the first; if not, that is told."""
+    def holds(self, example: Any, length: int, at_once: int = 1) -> bool:
+        """Whether so many ids are read without giving up the first, and of these so many at once;
+        if not, that is told.
+        """
         size = self.model.config.context_size
-        if length <= size or reach(self.model.config) is not None:
+        if at_once <= size and (length <= size or reach(self.model.config) is not None):
             return True
         tell_too_long(self.task.config, example.where, length, size, self.problems)
         return False
@@ -143,13 +154,11 @@ class _Asker(NamedTuple):
         """
         most = self.model.config.context_size - room
         shots = [(self.task.prompt(one), self.task.target(one)) for one in self.drawn(number)]
-        own = self.task.prompt(example)
-        if any(prompt == own for prompt, _ in shots):  # it would see its own answer
+        own = self.task.prompt(example), self.task.target(example)
+        if own in shots:  # it would see its own answer
             others = self.drawn(number, shots=len(self.training))
-            others = [one for one in others if self.task.prompt(one) != own]
-            shots = [
-                (self.task.prompt(one), self.task.target(one)) for one in others[: self.how.shots]
-            ]
+            others = [(self.task.prompt(one), self.task.target(one)) for one in others]
+            shots = [one for one in others if one != own][: self.how.shots]
         return with_shots(shots, prompt, lambda text: len(self.ids(text)) <= most)
 
     def drawn(self, number: int, shots: int | None = None) -> list[Any]:
@@ -178,7 +187,7 @@ class _Asker(NamedTuple):
             ]
             # The last id of a continuation is not read.
             longest = max(len(before) + len(ids) - 1 for before, ids in texts)
-            if not self.holds(example, longest):
+            if not self.holds(example, longest, at_once=max(map(len, targets))):
                 counts.append(0)
                 continue
             asked += texts
@@ -188,10 +197,11 @@ class _Asker(NamedTuple):
             requests += each
         self.problems.refuse()
         rule = task.config.score
-        nats = _nats(self.model, asked, self.how.batch_size)
-        bare_nats = None
+        nats, bare_nats = self.nats(asked), None
         if rule == "unconditional":
-            bare_nats = _nats(self.model, bare, self.how.batch_size)
+            bare_nats = self.nats(bare)
+        if nats is None or (rule == "unconditional" and bare_nats is None):
+            return Answers([None] * len(examples), 0)
         predictions: list[Prediction | None] = []
         start = 0
         for example, count in zip(examples, counts, strict=True):
@@ -209,6 +219,23 @@ class _Asker(NamedTuple):
             predictions.append(task.from_scores(example, scores))
             start += count
         return Answers(predictions, shown / max(len(counts) - counts.count(0), 1))
+
+    def nats(self, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
+        """The log-likelihood of each continuation; None if it was ended. Batches are of one size
+        and alike in length, so that little is compiled.
+        """
+        model, size = self.model, self.how.batch_size
+        order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+        nats = np.zeros(len(texts))
+        for start in range(0, len(order), size):
+            here = order[start : start + size]
+            rows = [*here, *here[-1:] * (size - len(here))]
+            prompts, said = zip(*(texts[i] for i in rows), strict=True)
+            if not self.begin():
+                return None
+            scores = score(model.params, prompts, said, model.config)
+            nats[here] = [one.total for one in scores[: len(here)]]
+        return nats
 
     def write(self, examples: Sequence[Any]) -> Answers:
         task, how = self.task, self.how
@@ -233,6 +260,8 @@ class _Asker(NamedTuple):
         order = sorted(prompts, key=lambda i: len(prompts[i]))
         for start in range(0, len(order), how.batch_size):
             here = order[start : start + how.batch_size]
+            if not self.begin():
+                return Answers([None] * len(examples), 0)
             completions = complete(
                 self.model.params,
                 [prompts[i].tolist() for i in here],
@@ -265,20 +294,3 @@ class _Asker(NamedTuple):
             why = f"the first {dropped:,} of {len(messages):,} messages are not shown"
             self.problems.note("too long", example.where, why, "cut")
         return ids, 0
-
-
-def _nats(
-    model: Model, texts: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int
-) -> np.ndarray:
-    """The log-likelihood of each continuation. Batches are of one size and alike in length, so that
-    little is compiled.
-    """
-    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
-    nats = np.zeros(len(texts))
-    for start in range(0, len(order), batch_size):
-        here = order[start : start + batch_size]
-        rows = [*here, *here[-1:] * (batch_size - len(here))]
-        prompts, said = zip(*(texts[i] for i in rows), strict=True)
-        scores = score(model.params, prompts, said, model.config)
-        nats[here] = [one.total for one in scores[: len(here)]]
-    return nats

@@ -645,7 +645,9 @@ class _Run:
         if not examples:
             return {}
         params = merged(params, self.config)
-        said = say_at_end(params, self.config, task, examples, self.tokenizer)
+        self.log.say(f"writing    what it says of {len(examples):,} examples of task.{name}")
+        begin = self.stop.begin
+        said = say_at_end(params, self.config, task, examples, self.tokenizer, begin)
         pairs = [pair for pair in zip(examples, said, strict=True) if pair[1] is not None]
         if not pairs:
             return {}

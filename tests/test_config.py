@@ -471,6 +471,20 @@ def test_values_on_the_command_line_that_are_refused(arguments, words):
     assert words in problem
 
 
+def test_rules_of_a_model_wait_for_that_which_is_taken_over():
+    task = "--task.kind classify --task.train a.tsv --task.valid b.tsv --tune.layers 13".split()
+    (problem,) = refused(task)
+    assert "tune.layers = 13, but model.num_layers = 12" in problem
+    assert refused([*task, "--init-from", "runs/base"]) == []
+
+
+def test_steps_and_epochs_are_not_given_together():
+    task = "--task.kind classify --task.train a.tsv --task.valid b.tsv --steps 5".split()
+    (problem,) = refused([*task, "--task.epochs", "2"])
+    assert problem.startswith("--steps 5, but task.epochs = 2.0: give --task.epochs None with")
+    assert refused(task) == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

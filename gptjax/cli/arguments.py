@@ -38,7 +38,14 @@ def parse(default: T, prog: str, arguments: Sequence[str]) -> tuple[T, list[str]
     problems += wrong.values()
     if not wrong and isinstance(given, Train):
         problems += launch_problems(given)
-    return given, problems + violations(given.config)
+    task, steps = given.config.task, [one.partition("=")[0] for one in arguments]
+    if "--steps" in steps and getattr(task, "epochs", None) is not None:
+        problems.append(
+            f"--steps {given.config.steps}, but task.epochs = {task.epochs}: give --task.epochs "
+            "None with --steps, or epochs alone"
+        )
+    taken_over = given.config.init_from is not None and task.kind is not None
+    return given, problems + violations(given.config, settled=not taken_over)
 
 
 def _lenient() -> tyro.constructors.ConstructorRegistry:

@@ -34,15 +34,20 @@ def check(config: Config, num_devices: int | None = None) -> None:
     refuse(violations(config, num_devices))
 
 
-def violations(config: Config, num_devices: int | None = None) -> list[str]:
+def violations(
+    config: Config, num_devices: int | None = None, *, settled: bool = True
+) -> list[str]:
     """What is wrong with a config: for each violation what was given, what is allowed, what to do.
 
     A rule between fields is left out when one of them has no usable value: that is a violation too.
+
+    Args:
+      settled: False: the model may still become that of `init_from`, so rules of it are left out.
     """
     wrong = field_problems(config, Config)
     unusable = {re.sub(r"(\[\d+\])+$", "", path) for path in wrong}  # a wrong item: the whole tuple
     problems, readable = list(wrong.values()), _readable("", config, unusable)
-    for rule in RULES:
+    for rule in (*RULES, *(MODEL_RULES if settled else ())):
         try:
             for problem in rule(readable, num_devices):
                 problems.append(problem)  # those before a field that is not there count
@@ -93,7 +98,6 @@ KINDS_OF = {
     "turn": ("dialogue",),
     "choice_columns": ("choices",),
     "words": ("classify",),
-    "written": ("pairs", "dialogue", "choices"),
     "lm_weight": HEADS,
 }
 
@@ -542,25 +546,27 @@ def _devices(config: Config, num_devices: int | None) -> Iterator[str]:
 
 RULES = (
     _name_is_a_folder,
-    _heads,
-    _rope_scaling,
     _head,
-    _tune,
-    _windows,
     _learning_rates,
     _schedule,
     _guard,
     _data,
     _task,
     _task_evaluation,
-    _task_losses,
     _task_texts,
     _mixture_alone,
     _mixture_stores,
     _mixture_weights,
     _skip,
+    _devices,
+)
+MODEL_RULES = (
+    _heads,
+    _rope_scaling,
+    _tune,
+    _windows,
+    _task_losses,
     _stages,
     _positions,
     _split_sizes,
-    _devices,
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config import ConfigError
 from gptjax.sources import needed
 from gptjax.tasks.tags import Entity, Scheme, entities, strict_entities
 from gptjax.tasks.task import spaceless
@@ -275,14 +276,17 @@ def text_figures(
     return {"bleu": bleu.score, "chrf": chrf.score} | figures
 
 
-def need_packages(kind: str) -> None:
+def need_packages(kind: str, otherwise: str = "") -> None:
     """Refuse a kind of task whose figures need a package that is not there.
 
     Raises:
-      ConfigError: with how to install it.
+      ConfigError: with how to install it, and what else can be done.
     """
     if kind in ("pairs", "dialogue"):
-        needed("sacrebleu", "tasks", f"task.kind {kind}")
+        try:
+            needed("sacrebleu", "tasks", f"task.kind {kind}")
+        except ConfigError as error:
+            raise ConfigError(f"{error}{otherwise}") from error
 
 
 def bleu_tokens(right: Sequence[Sequence[str]]) -> str:
