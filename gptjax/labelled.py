@@ -21,6 +21,7 @@ from gptjax.losses import label_losses
 from gptjax.model import Params, forward, resolve
 from gptjax.pipeline import stack_of
 from gptjax.sharding import in_use, local_rows, replicated, to_devices
+from gptjax.sources import DataError
 from gptjax.tasks import ExampleRows, Prediction, Problems, Task, encode_examples, make_task
 from gptjax.tasks.choices import Choice
 from gptjax.tasks.dialogue import Dialogue
@@ -53,7 +54,8 @@ def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelle
     says them, and the steps of so many epochs. Every process reads all of them.
 
     Raises:
-      DataError: for records that cannot be used, if they are not to be left out.
+      DataError: for records that cannot be used, if they are not to be left out; if all have the
+        same label.
       ConfigError: if the model has another head.
     """
     task, splits, found = make_task(config.task), {}, {}
@@ -62,11 +64,17 @@ def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelle
     for name in ("train", "valid", "test"):
         if not (paths := getattr(config.task, name)):
             continue
-        problems = found[name] = Problems(config.task.on_bad_example, f"task.{name}")
+        problems = found[name] = Problems(config.task.on_bad_example, f"task.{name}", task.name)
         examples = list(task.read(paths, problems))
         problems.refuse()
         if name == "train":
             task = task.fitted(examples)
+            if len(task.labels) == 1 and not task.several:
+                raise DataError(
+                    f"task.train: {task.labels[0]!r} is the label of all records, so there is "
+                    "nothing to learn: give the column of the labels by --task.label-column, or "
+                    "all labels by --task.labels"
+                )
         splits[name] = make_split(config, task, examples, tokenizer, problems)
     config = with_head_of(config, task)
     if config.task.epochs is not None:

@@ -32,7 +32,9 @@ class Asking(NamedTuple):
     shots: int = 0  # training examples that come before, or as many of them as fit
     seed: int = 0  # of their draw, and of the tokens'
     batch_size: int = 16  # texts that are scored or written together
-    max_tokens: int = 64  # of a text that is written
+    # of a text that is written; None: half as many again as the longest right text has, or half of
+    # the context if there is none
+    max_tokens: int | None = None
     beams: int = 1  # of such a text; above 1: the likeliest text that a search finds
     temperature: float = 0.0  # of its tokens; 0: always the likeliest one
     first: int = 0  # number of the first example, by which it draws
@@ -66,6 +68,8 @@ def ask(
     """
     if how.shots and not training:
         raise ConfigError(f"--shots {how.shots}: there are no training examples: give --task.train")
+    if how.max_tokens is None:
+        how = how._replace(max_tokens=_usual_length(model, task, examples))
     asker = _Asker(model, task, training, how, problems, begin)
     refuse_idle(task, examples, how)
     if examples and task.requests(examples[0]):
@@ -81,8 +85,7 @@ def say_at_end(
     tokenizer: Tokenizer,
     begin: Callable[[], bool],
 ) -> list[Prediction | None]:
-    """What a language model writes for examples, or chooses: the likeliest token each time, and at
-    most half as many again as the longest right text has.
+    """What a language model writes for examples, or chooses: the likeliest token each time.
 
     Args:
       params: of the model alone.
@@ -90,10 +93,7 @@ def say_at_end(
     """
     platform = jax.tree.leaves(params)[0].sharding.mesh.devices.flat[0].platform
     model = Model(params, resolve(config.model, platform)[0], tokenizer)
-    longest = max(len(tokenizer.encode(task.target(one))) for one in examples)
-    ending = max((len(tokenizer.encode(stop)) for stop in task.stops), default=1)
-    most = min(longest + longest // 2 + ending, max(config.model.context_size // 2, 1))
-    how = Asking(batch_size=min(config.batch_size, 16), max_tokens=most)
+    how = Asking(batch_size=min(config.batch_size, 16))
     return ask(model, task, examples, (), how, Problems("skip", ""), begin).predictions
 
 
@@ -121,6 +121,14 @@ def refuse_idle(task: Task, examples: Sequence[Any], how: Asking, *, by_head: bo
             if (given := getattr(how, name)) != getattr(plain, name)
         ]
     )
+
+
+def _usual_length(model: Model, task: Task, examples: Sequence[Any]) -> int:
+    """The tokens that a text may have, if nobody says how many."""
+    lengths = [len(model.tokenizer.encode(task.target(one))) for one in examples]
+    half, longest = max(model.config.context_size // 2, 1), max(lengths, default=0)
+    ending = max((len(model.tokenizer.encode(stop)) for stop in task.stops), default=1)
+    return min(longest + longest // 2 + ending, half) if longest else half
 
 
 class _Asker(NamedTuple):
@@ -257,6 +265,7 @@ class _Asker(NamedTuple):
                 shown += count
         self.problems.refuse()
         texts: dict[int, str] = {}
+        unended: set[int] = set()
         order = sorted(prompts, key=lambda i: len(prompts[i]))
         for start in range(0, len(order), how.batch_size):
             here = order[start : start + how.batch_size]
@@ -275,8 +284,14 @@ class _Asker(NamedTuple):
             for i, one in zip(here, completions, strict=True):
                 cut = [one.text.partition(stop)[0] for stop in stops]
                 texts[i] = min([one.text, *cut], key=len)
+                if one.reason == "length" and texts[i] == one.text:
+                    unended.add(i)
+                    why = f"{how.max_tokens:,} tokens, which --max-tokens may raise"
+                    self.problems.note("a text without an end", examples[i].where, why, "cut")
         said = [
-            task.from_text(example, texts[i]) if i in texts else None
+            task.from_text(example, texts[i]) | ({"cut": True} if i in unended else {})
+            if i in texts
+            else None
             for i, example in enumerate(examples)
         ]
         return Answers(said, shown / max(len(prompts), 1))

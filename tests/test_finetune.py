@@ -173,6 +173,13 @@ def test_an_evaluation_that_was_cut_short_may_end_the_run(tmp_path):
     assert last["step"] == 3 and "eval/accuracy" in last
 
 
+def test_one_label_alone_is_refused(tmp_path):
+    config = classes(tmp_path)
+    (tmp_path / "train.tsv").write_text("text\tlabel\nice\tcold\nsnow\tcold\n")
+    with pytest.raises(DataError, match="'cold' is the label of all records"):
+        fit(config, tmp_path / "run")
+
+
 def test_epochs_are_the_steps_that_they_are(tmp_path):
     config = classes(tmp_path, task={"epochs": 2.0}, steps=Config.steps, eval_every=None)
     warm = replace(config, optimizer=OptimizerConfig(warmup_steps=Config.steps + 1))
@@ -433,6 +440,26 @@ def test_a_reply_ends_where_its_turn_does(tmp_path, monkeypatch, capsys):
     assert (spaced.stops, spaced.reply("ho\n"), spaced.reply("ho")) == ((), "ho", "ho")
 
 
+def test_a_text_is_as_long_as_it_wants_and_one_without_an_end_is_told(tmp_path, capsys):
+    given = tmp_path / "long.tsv"
+    given.write_text("source\ttarget\n" + f"so\t{'a' * 70}\n" * 8)
+    task = {"kind": "pairs", "train": (str(given),), "valid": (str(given),)}
+    how = {"model": replace(MODEL, context_size=256), "steps": 12, "eval_every": None}
+    fit(classes(tmp_path, task=task, **how), tmp_path / "run")
+    logged = read_metrics(tmp_path / "run")[-1]
+    capsys.readouterr()
+    run("evaluate", tmp_path / "run")
+    assert f"chrf             {logged['eval/chrf']:.4f}" in capsys.readouterr().out
+    run("evaluate", tmp_path / "run", "--max-tokens", 3)
+    assert "a text without an end: 8 cut" in capsys.readouterr().out
+    run("predict", tmp_path / "run", given, "--out", tmp_path / "out", "--max-tokens", 3)
+    lines = [json.loads(line) for line in (tmp_path / "out").open()]
+    assert all(line["cut"] and len(line["text"]) <= 3 for line in lines)
+    run("predict", tmp_path / "run", given, "--out", tmp_path / "more")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "more").open()]
+    assert all(len(text) > 64 for text in texts)
+
+
 def test_no_example_is_among_its_own_shots():
     task = make_task(TaskConfig(kind="pairs"))
     training = [Pair(f"x:{i}", f"{i}", f"{i * i}", (("source", f"{i}"),)) for i in range(10)]
@@ -545,6 +572,8 @@ def test_a_language_model_is_asked_in_words(base, tuned, capsys):
         assert "accuracy " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is of no task"):
         run("evaluate", base)
+    run("evaluate", base, *asked, "--task.several")  # of several labels they are written
+    assert "micro_f1 " in capsys.readouterr().out
     words = ["--task.words", "yes", "no"]  # for which labels is not said
     with pytest.raises(ConfigError, match="a word for each of them"):
         run("evaluate", base, *asked, *words)

@@ -245,10 +245,51 @@ def test_tables_that_are_not_whole(tmp_path):
     assert counts(problems) == {"wrong number of columns, left out": 2}
     assert named(problems) == ["bad.tsv:3", "bad.tsv:5"]
     path = tmp_path / "bad.csv"
-    path.write_text('text,label\nfine,a\n"never closed,a\nlost,a\n')
+    path.write_text('text,label\nfine,a\n"never closed,a\nfine,a\n')
     examples, problems, _ = read(TaskConfig(kind="classify"), path)
-    assert len(examples) == 1
-    assert "lost with it: all up to line 4" in problems.lines()[1]
+    assert [one.where.rpartition(":")[2] for one in examples] == ["2", "4"]
+    assert "bad.csv:3: a quote that is not closed" in problems.lines()[1]
+
+
+def test_a_stray_quote_costs_its_own_line(tmp_path):
+    path = tmp_path / "x.csv"
+    lines = ["text,label", "ok,a", '"he" said,b', '"open,b', "still,a", '"two', 'lines",a', "end,b"]
+    path.write_text("\n".join(lines) + "\n")
+    examples, problems, _ = read(TaskConfig(kind="classify"), path)
+    assert [one.text for one in examples] == ["ok", "still", "two\nlines", "end"]
+    assert [one.where.rpartition(":")[2] for one in examples] == ["2", "5", "6", "8"]
+    assert named(problems) == ["x.csv:3", "x.csv:4"]
+
+
+def test_columns_that_are_called_alike_are_refused(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("text,text,label\na,b,c\n")
+    with pytest.raises(DataError, match=r"x\.csv:1: more than one column is called 'text'"):
+        read(TaskConfig(kind="classify"), path)
+
+
+def test_columns_within_columns(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"translation": {"en": "the book", "fr": "le livre"}}) + "\n")
+    fields = {"source_column": "translation.en", "target_column": "translation.fr"}
+    (pair,), _, _ = read(TaskConfig(kind="pairs", **fields), path)
+    assert (pair.source, pair.target) == ("the book", "le livre")
+    problems = Problems("error", "x", "pairs")
+    assert not [*make_task(TaskConfig(kind="pairs")).read([str(path)], problems)]
+    with pytest.raises(DataError, match=r"as 'translation\.en'[^$]*--task\.source-column"):
+        problems.refuse()
+
+
+def test_a_number_for_each_label(tmp_path):
+    path = tmp_path / "x.jsonl"
+    vectors = [[1, 0, 1], [0.0, 1.0, 0.0], [0, 0, 0]]
+    lines = [json.dumps({"text": "t", "label": one}) for one in vectors]
+    path.write_text("\n".join(lines) + "\n")
+    config = TaskConfig(kind="classify", several=True, labels=("a", "b", "c"))
+    examples, problems, _ = read(config, path)
+    assert [one.labels for one in examples] == [("a", "c"), ("b",), ()] and not named(problems)
+    examples, problems, _ = read(TaskConfig(kind="classify", several=True), path)
+    assert named(problems) == ["x.jsonl:1", "x.jsonl:2", "x.jsonl:3"]
 
 
 def test_labels_that_were_not_in_training(tmp_path):
@@ -604,7 +645,8 @@ def test_parallel_files(tmp_path):
 def test_roles_of_messages(tmp_path):
     path = tmp_path / "chat.jsonl"
     talk = [{"who": who, "says": f"{who}!"} for who in ("scene", "ann", "bot", "ann", "bot")]
-    path.write_text("\n".join(json.dumps({"turns": one}) for one in (talk, talk[:2], [], "x")))
+    talk.insert(0, {"who": "scene", "says": ""})  # no scene is set
+    path.write_text("\n".join(json.dumps({"turns": one}) for one in (talk, talk[:3], [], "x")))
     config = TaskConfig(
         kind="dialogue",
         messages_column="turns",
@@ -629,6 +671,18 @@ def test_choices_and_contexts(tmp_path):
         {"query": "q", "choices": ["a", 3], "gold": 0},
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
+    named_choices = {"label": ["A", "B"], "text": ["x", "y"]}
+    lines = [
+        {"query": "q", "choices": ["a", "b"], "gold": "B"},
+        {"query": "q", "choices": named_choices, "gold": "B"},
+        {"query": "q", "choices": named_choices | {"label": ["1", "2"]}, "gold": "2"},
+        {"query": "q", "choices": ["a", "b"], "gold": "C"},
+    ]
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(map(json.dumps, lines)))
+    examples, problems, task = read(TaskConfig(kind="choices"), more)
+    assert [one.gold for one in examples] == [1, 1, 1] and named(problems) == ["more.jsonl:4"]
+    assert examples[1].continuations == ("x", "y")
     examples, problems, task = read(TaskConfig(kind="choices"), path)
     assert [one.gold for one in examples] == [1, 0]
     assert [one.prompt for one in task.requests(examples[1])] == ["p", "q"]

@@ -40,7 +40,8 @@ class Evaluate:
     seed: Whole = 0  # of their draw, and of the tokens' with a temperature
     limit: Count | None = None  # read so many examples, the first; None: all
     batch_size: Count = 16  # rows, or texts, at a time
-    max_tokens: Count = 64  # of a text that is written
+    # of a text that is written; None: half as many again as the longest right text has
+    max_tokens: Count | None = None
     beams: Count = 1  # above 1: the likeliest text that is found is written
     temperature: NotNegative = 0.0  # of a text that is written; 0: always the likeliest token
     step: Whole | None = None  # of the checkpoint; None: the best of a task's run, or the newest
@@ -58,7 +59,7 @@ def evaluate(run_dir: str, given: Evaluate) -> None:
     paths = getattr(config.task, given.split)
     if not paths:
         raise ConfigError(f"task.{given.split} is empty: give --task.{given.split} FILE")
-    problems = Problems(config.task.on_bad_example, f"task.{given.split}")
+    problems = Problems(config.task.on_bad_example, f"task.{given.split}", config.task.kind)
     task, training = _task_of(config, given.shots)
     need_packages(task.name)
     if given.out:
@@ -97,7 +98,7 @@ def predict_file(
     *,
     step: int | None,
     batch_size: int,
-    max_tokens: int,
+    max_tokens: int | None,
     beams: int,
     temperature: float,
     seed: int,
@@ -109,11 +110,13 @@ def predict_file(
     from gptjax.tasks import Problems
 
     config = task_config(run_dir, task_given)
-    problems = Problems(config.task.on_bad_example, path)
+    problems = Problems(config.task.on_bad_example, path, config.task.kind)
     task, _ = _task_of(config, 0)
     if task.name in ("classify", "entities") and not task.labels:
         raise ConfigError("the labels are not known: give --task.labels, or --task.train FILE")
     examples = iter(task.read((path,), problems, labelled=False))
+    if max_tokens is None:  # whatever the file says is right
+        max_tokens = max(config.model.context_size // (4 if beams > 1 else 2), 1)
     how = Asking(0, seed, batch_size, max_tokens, beams, temperature)
     with _alone(Path(out)):
         said = _Speaker(run_dir, config, task, step, how, ())
@@ -244,7 +247,7 @@ def _task_of(config: Config, shots: int) -> "tuple[Task, list[Any]]":
     task, examples = make_task(config.task), []
     learns = task.name in ("classify", "entities") and not task.labels
     if config.task.train and (shots or learns):
-        problems = Problems(config.task.on_bad_example, "task.train")
+        problems = Problems(config.task.on_bad_example, "task.train", config.task.kind)
         examples = list(task.read(config.task.train, problems))
         problems.refuse()
         task = task.fitted(examples)

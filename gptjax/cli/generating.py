@@ -81,7 +81,8 @@ class Predict:
     # a line of JSON for each example. The same command goes on with a file that is not whole
     out: str | None = None
     batch_size: Count = 16  # with --out: rows, or texts, at a time
-    max_tokens: Count = 64  # with --out: of a text that is written
+    # with --out: of a text that is written; None: half of the context, with beams a quarter
+    max_tokens: Count | None = None
     beams: Count = 1  # with --out, above 1: the likeliest text that is found is written
     temperature: NotNegative = 0.0  # with --out: of such a text; 0: always the likeliest token
     seed: Whole = 0  # with --out: of the draws of a temperature

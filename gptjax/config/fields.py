@@ -45,6 +45,8 @@ class GPTConfig:
     # as Llama 3.1 stretches RoPE: factor, its factors of low and of high frequencies, and the
     # context_size before; None: not at all
     rope_scaling: tuple[Positive, Positive, Positive, Count] | None = None
+    # layernorm takes the mean away and divides by the deviation, rmsnorm divides by the root of the
+    # mean square alone, as in Llama
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     # before: of what attention, feed-forward and head read, as in GPT-2; after: of the residual
     # stream after each addition to it, and not before the head, as in GPT-1
@@ -206,10 +208,13 @@ class TaskConfig:
     too_long: Literal["window", "error", "skip"] = "window"
     overlap: Whole = 32  # tokens, words or turns that a window shows again, without counting them
 
-    # column of the text; None: "text"; of entities' words the first; of choices "query"
+    # column of the text; None: "text"; of entities' words the first, or "words" of JSON and
+    # Parquet; of choices "query". A column within another is a.b, as in translation.en
     text_column: str | None = None
     second_column: str | None = None  # classify: column of a second text
-    label_column: str | None = None  # column of the label; None: "label"; of tags the last; "gold"
+    # column of the label; None: "label"; of entities' tags the last, or "tags" of JSON and Parquet;
+    # of choices "gold"
+    label_column: str | None = None
     labels: tuple[str, ...] = ()  # all there are, in their order; (): those of the training files
     several: bool = False  # classify: a record has any number of labels
     label_separator: str = ","  # between several labels in a cell; a list in JSON needs none

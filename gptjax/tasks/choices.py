@@ -1,9 +1,10 @@
 """Questions with a few continuations to choose from, by their likelihood."""
 
 import functools
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -55,8 +56,10 @@ class Choices:
         shown = cell(value, column)
         contexts = self._texts(shown, column) if isinstance(shown, list) else None
         contexts = contexts or (text_in(value, column),)
-        given = [cell(value, name) for name in config.choice_columns]
-        first = given[0] if len(given) == 1 and isinstance(given[0], list) else given
+        given, names = [cell(value, name) for name in config.choice_columns], None
+        first = given[0] if len(given) == 1 and isinstance(given[0], list | dict) else given
+        if isinstance(first, dict):  # as ARC has them: texts, and what each is called
+            first, names = (list(cell(first, part)) for part in ("text", "label"))
         continuations = self._texts(first, " ".join(config.choice_columns))
         if (len(contexts) > 1) == (len(continuations) > 1):
             raise Flaw(
@@ -66,8 +69,8 @@ class Choices:
             )
         try:
             gold = cell(value, config.label_column or "gold")
-            gold = int(gold) if isinstance(gold, str) and gold.strip().isdigit() else gold
             most = max(len(contexts), len(continuations))
+            gold = _place(gold, names, most)
             if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < most:
                 raise Flaw(
                     "unknown label", f"{gold!r} is right, but choices go from 0 to {most - 1}"
@@ -147,3 +150,15 @@ class Choices:
     ) -> tuple[str, np.ndarray | None]:
         pairs = zip(examples, predictions, strict=True)
         return "accuracy", np.array([[one.gold == said["choice"]] for one, said in pairs])
+
+
+def _place(gold: Any, names: list | None, count: int) -> Any:
+    """Which choice is right, from 0: by what it is called, by a letter, or by its number."""
+    if names is not None and gold in names:
+        return names.index(gold)
+    if not isinstance(gold, str):
+        return gold
+    letters = string.ascii_uppercase[:count]
+    if len(gold.strip()) == 1 and gold.strip() in letters:
+        return letters.index(gold.strip())
+    return int(gold) if gold.strip().isdigit() else gold

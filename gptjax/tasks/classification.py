@@ -103,7 +103,7 @@ class Classification:
             found = value
             if not isinstance(value, list):
                 found = self._spelled(value).split(self.config.label_separator)
-            names = tuple(dict.fromkeys(filter(None, (self._spelled(one) for one in found))))
+            names = self._names(found)
         else:
             names = (self._spelled(value),)
             if not names[0]:
@@ -112,6 +112,18 @@ class Classification:
             if self.labels and name not in self.labels:
                 hint = did_you_mean(name, self.labels)
                 raise Flaw("unknown label", f"no label {name!r} was in training.{hint}")
+        return names
+
+    def _names(self, found: list) -> tuple[str, ...]:
+        """Several labels; of a 0 or 1 for each label, as some sets have them, those with a 1."""
+        known = self.labels or self.config.labels
+        numbers = all(not isinstance(one, str) and one in (0, 1) for one in found)
+        if numbers and len(found) == len(known) and not {*known} <= {"0", "1"}:
+            return tuple(label for label, one in zip(known, found, strict=True) if one)
+        names = tuple(filter(None, (self._spelled(one) for one in found)))
+        if len({*names}) < len(names):
+            hint = "; of a 0 or 1 for each label give these by --task.labels" * numbers
+            raise Flaw("no label", f"{json.dumps(found)[:80]} has a label twice{hint}")
         return names
 
     @property
@@ -220,6 +232,9 @@ class Classification:
         return space_between(self._template, word) + word
 
     def requests(self, example: Classified) -> list[Request]:
+        """Of several labels none: they are written."""
+        if self.several:
+            return []
         prompt, bare = self.prompt(example), last_line(self._template)
         words = map(self._word, self.labels)
         return [Request(prompt, space_between(prompt, word) + word, bare) for word in words]
@@ -227,8 +242,6 @@ class Classification:
     def from_scores(self, example: Classified, scores: np.ndarray) -> Prediction:
         shares = np.exp(log_softmax(np.asarray(scores, np.float64)))
         label = self.labels[int(np.argmax(shares))]
-        if self.several:
-            return {"labels": [label], "probabilities": self._said(shares)["probabilities"]}
         shares = dict(zip(self.labels, shares.tolist(), strict=True))
         return {"label": label, "probabilities": shares}
 

@@ -88,11 +88,13 @@ class Dialogues:
         if not isinstance(given, list):
             raise Flaw("no messages", f"messages are {kind_of_value(given)}, not a list")
         messages = [self._message(one, number) for number, one in enumerate(given)]
+        messages = [one for one in messages if one is not None]
         if not messages:
             raise Flaw("empty text", "there are no messages")
         return tuple(messages)
 
-    def _message(self, value: Any, number: int) -> Message:
+    def _message(self, value: Any, number: int) -> Message | None:
+        """None for an empty one of the system, which many sets have where no scene is set."""
         config, in_turn = self.config, "user" if number % 2 == 0 else "assistant"
         what = f"message {number + 1}"
         if isinstance(value, str):
@@ -100,10 +102,12 @@ class Dialogues:
         content = cell(value, config.content_key)
         if not isinstance(content, str):
             raise Flaw("no text", f"{what} is {kind_of_value(content)}, not a string")
+        role = None if config.role_key is None else cell(value, config.role_key)
+        if role in config.system and not content.strip():
+            return None
         sound(content, what)
-        if config.role_key is None:
+        if role is None:
             return Message(in_turn, content)
-        role = cell(value, config.role_key)
         if role in config.assistant:
             return Message("assistant", content)
         return Message("system" if role in config.system else "user", content)

@@ -11,6 +11,16 @@ SHOWN = 3  # of the records with one kind of problem, how many a message names
 Action = Literal["left out", "repaired", "kept", "cut"]
 
 
+# Options that say where the parts of a record are, by the kind of task.
+COLUMNS = {
+    "classify": ("text-column", "second-column", "label-column"),
+    "entities": ("text-column", "label-column"),
+    "pairs": ("source-column", "target-column"),
+    "dialogue": ("messages-column", "role-key", "content-key"),
+    "choices": ("text-column", "choice-columns", "label-column"),
+}
+
+
 @dataclass
 class Problems:
     """The problems of one split, as they are found.
@@ -25,6 +35,7 @@ class Problems:
 
     policy: Literal["error", "skip", "repair"]
     split: str  # what a message calls it, such as task.valid
+    kind: str | None = None  # of the task
     read: int = 0  # records that were read, good or bad
     counts: Counter = field(default_factory=Counter)  # by kind and action
     named: dict = field(default_factory=dict)  # the same keys: the first records, as "where: why"
@@ -54,7 +65,8 @@ class Problems:
           DataError: with the count of each kind, and the first records of it.
         """
         if self.refused:
-            columns = "name the columns, by --task.text-column, --task.label-column and the like; "
+            options = " ".join(f"--task.{one}" for one in COLUMNS.get(self.kind, ()))
+            columns = f"name the columns, by {options}; " if options else ""
             raise DataError(
                 f"{self.split}: {self.refused:,} of {self.read:,} records cannot be used\n"
                 + "\n".join(self.lines())

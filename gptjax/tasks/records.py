@@ -1,6 +1,7 @@
 """Records of labelled files, one after the other: their columns, and where each lies."""
 
 import codecs
+import collections
 import csv
 import itertools
 import json
@@ -153,13 +154,16 @@ def by_number(config: TaskConfig) -> bool:
 
 
 def cell(value: Any, column: str) -> Any:
-    """What a record has in a column.
+    """What a record has in a column; `a.b` is column b of the object in column a.
 
     Raises:
       Flaw: if there is no such column.
     """
     if isinstance(value, dict) and column in value:
         return value[column]
+    outer, dot, inner = column.partition(".")
+    if dot and isinstance(value, dict) and isinstance(value.get(outer), dict):
+        return cell(value[outer], inner)
     if not isinstance(value, dict | list):
         raise Flaw("no such column", f"{kind_of_value(value)}, which has no columns")
     items = list(value.values()) if isinstance(value, dict) else value
@@ -171,6 +175,9 @@ def cell(value: Any, column: str) -> Any:
     if isinstance(value, dict):
         names = ", ".join(map(repr, itertools.islice(value, 20))) or "none at all"
         hint = did_you_mean(column, value)
+        for name, one in value.items():
+            if isinstance(one, dict) and one:
+                hint = f" What is in {name!r} is called as {f'{name}.{next(iter(one))}'!r}."
         raise Flaw("no such column", f"there is no column {column!r} but {names}.{hint}")
     raise Flaw(
         "no such column",
@@ -246,16 +253,37 @@ def _jsonl(where: str, problems: Problems) -> Iterator[Record]:
 
 
 class _TextLines:
-    """The lines of a table as the csv module takes them."""
+    """The lines of a table as the csv module takes them, of which some may come again."""
 
     def __init__(self, file: BinaryIO, where: str, problems: Problems):
         self._lines = _lines(file, where, problems)
-        self.number, self.broken = 0, False  # since it was last asked
+        self._taken: list[tuple[int, str | None]] = []  # of the record
+        self._again: collections.deque[tuple[int, str | None]] = collections.deque()
+        self.number = 0  # of the last one
+
+    def begin(self) -> int:
+        """A record begins; the number of its first line."""
+        self._taken = []
+        return self.number + 1
+
+    @property
+    def broken(self) -> bool:
+        """Whether a line of the record is not UTF-8."""
+        return any(line is None for _, line in self._taken)
+
+    def give_back(self) -> None:
+        """The lines of the record but the first come again."""
+        self._again.extendleft(reversed(self._taken[1:]))
+        self.number = self._taken[0][0]
 
     def __iter__(self) -> Iterator[str]:
-        for number, line in self._lines:
-            self.number, self.broken = number, self.broken or line is None
-            yield f"{line or ''}\n"
+        return self
+
+    def __next__(self) -> str:
+        one = self._again.popleft() if self._again else next(self._lines)
+        self._taken.append(one)
+        self.number = one[0]
+        return f"{one[1] or ''}\n"
 
 
 def _table(where: str, tabs: bool, header: bool, problems: Problems) -> Iterator[Record]:
@@ -266,22 +294,30 @@ def _table(where: str, tabs: bool, header: bool, problems: Problems) -> Iterator
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with open_bytes(where) as file:
         lines = _TextLines(file, where, problems)
-        rows, names = csv.reader(iter(lines), **form), None
+        rows, names = csv.reader(lines, **form), None
         while True:
-            first, lines.broken = lines.number + 1, False
+            first = lines.begin()
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
                 problems.read += 1
-                why = f"{error}; lost with it: all up to line {lines.number:,}"
+                unclosed = "a quote that is not closed before the file ends"
+                why = unclosed if "unexpected end" in str(error) else str(error)
                 problems.bad("not CSV", f"{where}:{first}", why)
+                lines.give_back()  # the quote may be one of the text's
                 continue
             if not row or lines.broken:
                 continue
             if header and names is None:
                 names = row
+                twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+                if twice:
+                    raise DataError(
+                        f"{where}:{first}: more than one column is called {twice[0]!r}: rename all "
+                        "but one, or give numbers of columns and --task.header no without this line"
+                    )
                 continue
             problems.read += 1
             if names is None:

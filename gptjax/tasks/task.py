@@ -174,7 +174,10 @@ def tell_too_long(
     config: TaskConfig, where: str, length: int, size: int, problems: Problems
 ) -> None:
     """An example that is left out for its length; refused, unless the config says to skip it."""
-    why = f"{length:,} tokens, but a row holds {size:,}: give a larger model.context_size"
+    why = (
+        f"{length:,} tokens, but a row holds {size:,}: give a larger model.context_size in "
+        "training, or leave such out: --task.too-long skip"
+    )
     if config.too_long == "skip":
         problems.note("too long", where, why, "left out")
     else:
