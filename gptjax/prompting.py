@@ -1,6 +1,6 @@
 """Tasks that a language model is asked in words: choices that it scores, texts that it writes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,6 +131,15 @@ def _usual_length(model: Model, task: Task, examples: Sequence[Any]) -> int:
     return min(longest + longest // 2 + ending, half) if longest else half
 
 
+class _Question(NamedTuple):
+    """The choices of an example."""
+
+    texts: list[tuple[np.ndarray, np.ndarray]]  # the ids before each, and its own
+    bare: list[tuple[np.ndarray, np.ndarray]]  # the same without the example
+    num_bytes: list[int]  # of each
+    shots: int  # that came before
+
+
 class _Asker(NamedTuple):
     """What is asked of which model, and how; for the rest see `ask`."""
 
@@ -178,55 +187,53 @@ class _Asker(NamedTuple):
         return [self.training[one] for one in places]
 
     def choose(self, examples: Sequence[Any]) -> Answers:
-        task = self.task
-        asked: list[tuple[np.ndarray, np.ndarray]] = []
-        bare: list[tuple[np.ndarray, np.ndarray]] = []
-        counts, requests, shown = [], [], 0
-        for number, example in enumerate(examples):
-            each = task.requests(example)
-            targets = [going_on(one.target, self.model.tokenizer) for one in each]
-            room, prompts = max(map(len, targets)) + 1, {}
-            for one in each:
-                if one.prompt not in prompts:
-                    prompts[one.prompt] = self.shown(number, example, one.prompt, room)
-            texts = [
-                (self.ids(prompts[one.prompt][0]), ids)
-                for one, ids in zip(each, targets, strict=True)
-            ]
-            # The last id of a continuation is not read.
-            longest = max(len(before) + len(ids) - 1 for before, ids in texts)
-            if not self.holds(example, longest, at_once=max(map(len, targets))):
-                counts.append(0)
-                continue
-            asked += texts
-            bare += [(self.ids(one.bare), ids) for one, ids in zip(each, targets, strict=True)]
-            shown += prompts[each[0].prompt][1]
-            counts.append(len(each))
-            requests += each
+        questions = [self.question(number, one) for number, one in enumerate(examples)]
         self.problems.refuse()
-        rule = task.config.score
-        nats, bare_nats = self.nats(asked), None
+        held, rule = [one for one in questions if one], self.task.config.score
+        nats = self.nats([text for one in held for text in one.texts])
+        bare_nats = nats
         if rule == "unconditional":
-            bare_nats = self.nats(bare)
-        if nats is None or (rule == "unconditional" and bare_nats is None):
+            bare_nats = self.nats([text for one in held for text in one.bare])
+        if nats is None or bare_nats is None:
             return Answers([None] * len(examples), 0)
-        predictions: list[Prediction | None] = []
+        predictions: list[Prediction | None] = [None] * len(examples)
         start = 0
-        for example, count in zip(examples, counts, strict=True):
-            if not count:
-                predictions.append(None)
+        for number, question in enumerate(questions):
+            if question is None:
                 continue
-            here = slice(start, start + count)
+            here = slice(start, start + len(question.texts))
+            start = here.stop
             scores = choice_scores(
                 rule,
                 nats[here],
-                num_tokens=[len(ids) for _, ids in asked[here]],
-                num_bytes=[len(one.target.encode()) for one in requests[here]],
-                bare_nats=None if bare_nats is None else bare_nats[here],
+                num_tokens=[len(ids) for _, ids in question.texts],
+                num_bytes=question.num_bytes,
+                bare_nats=bare_nats[here],
             )
-            predictions.append(task.from_scores(example, scores))
-            start += count
-        return Answers(predictions, shown / max(len(counts) - counts.count(0), 1))
+            predictions[number] = self.task.from_scores(examples[number], scores)
+        return Answers(predictions, sum(one.shots for one in held) / max(len(held), 1))
+
+    def question(self, number: int, example: Any) -> _Question | None:
+        """What is to be scored of an example; None if the context does not hold it."""
+        each, tokenizer = self.task.requests(example), self.model.tokenizer
+        targets = [going_on(one.target, tokenizer) for one in each]
+        longest_target = max(map(len, targets))
+        prompts = {
+            prompt: self.shown(number, example, prompt, longest_target + 1)
+            for prompt in dict.fromkeys(one.prompt for one in each)
+        }
+        before = {prompt: self.ids(text) for prompt, (text, _) in prompts.items()}
+        texts = [(before[one.prompt], ids) for one, ids in zip(each, targets, strict=True)]
+        # The last id of a continuation is not read.
+        longest = max(len(ids) + len(more) - 1 for ids, more in texts)
+        if not self.holds(example, longest, at_once=longest_target):
+            return None
+        return _Question(
+            texts=texts,
+            bare=[(self.ids(one.bare), ids) for one, ids in zip(each, targets, strict=True)],
+            num_bytes=[len(one.target.encode()) for one in each],
+            shots=prompts[each[0].prompt][1],
+        )
 
     def nats(self, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray | None:
         """The log-likelihood of each continuation; None if it was ended. Batches are of one size
@@ -246,8 +253,31 @@ class _Asker(NamedTuple):
         return nats
 
     def write(self, examples: Sequence[Any]) -> Answers:
-        task, how = self.task, self.how
-        stops = (BETWEEN,) * bool(how.shots) + task.stops
+        prompts: dict[int, np.ndarray] = {}
+        shots = 0
+        for number, example in enumerate(examples):
+            ids, count = self.asked_ids(number, example)
+            # Beams do not go beyond the context.
+            ahead = self.how.max_tokens if self.how.beams > 1 else 0
+            if self.holds(example, len(ids) + ahead):
+                prompts[number] = ids
+                shots += count
+        self.problems.refuse()
+        said: list[Prediction | None] = [None] * len(examples)
+        for number, (text, ended) in (self.texts(prompts) or {}).items():
+            said[number] = self.task.from_text(examples[number], text)
+            if not ended:
+                said[number]["cut"] = True
+                why = f"{self.how.max_tokens:,} tokens, which --max-tokens may raise"
+                self.problems.note("a text without an end", examples[number].where, why, "cut")
+        return Answers(said, shots / max(len(prompts), 1))
+
+    def texts(self, prompts: Mapping[int, np.ndarray]) -> dict[int, tuple[str, bool]] | None:
+        """What is written after the prompts of some examples, and whether it came to an end, by the
+        example's number; None if it was ended.
+        """
+        how, tokenizer = self.how, self.model.tokenizer
+        stops = (BETWEEN,) * bool(how.shots) + self.task.stops
         # Beams know no strings that end a text: theirs is cut when it is done.
         sampling = Sampling(
             max_tokens=how.max_tokens,
@@ -255,46 +285,26 @@ class _Asker(NamedTuple):
             beams=how.beams,
             stop=() if how.beams > 1 else stops,
         )
-        prompts: dict[int, np.ndarray] = {}
-        shown = 0
-        for number, example in enumerate(examples):
-            ids, count = self.asked_ids(number, example)
-            ahead = how.max_tokens if how.beams > 1 else 0  # beams do not go beyond the context
-            if self.holds(example, len(ids) + ahead):
-                prompts[number] = ids
-                shown += count
-        self.problems.refuse()
-        texts: dict[int, str] = {}
-        unended: set[int] = set()
+        found = {}
         order = sorted(prompts, key=lambda i: len(prompts[i]))
         for start in range(0, len(order), how.batch_size):
             here = order[start : start + how.batch_size]
             if not self.begin():
-                return Answers([None] * len(examples), 0)
+                return None
             completions = complete(
                 self.model.params,
                 [prompts[i].tolist() for i in here],
                 self.model.config,
                 sampling,
                 jax.random.key(how.seed),
-                end=self.model.tokenizer.end,
-                tokenizer=self.model.tokenizer,
+                end=tokenizer.end,
+                tokenizer=tokenizer,
                 numbers=[how.first + i for i in here],
             )
             for i, one in zip(here, completions, strict=True):
-                cut = [one.text.partition(stop)[0] for stop in stops]
-                texts[i] = min([one.text, *cut], key=len)
-                if one.reason == "length" and texts[i] == one.text:
-                    unended.add(i)
-                    why = f"{how.max_tokens:,} tokens, which --max-tokens may raise"
-                    self.problems.note("a text without an end", examples[i].where, why, "cut")
-        said = [
-            task.from_text(example, texts[i]) | ({"cut": True} if i in unended else {})
-            if i in texts
-            else None
-            for i, example in enumerate(examples)
-        ]
-        return Answers(said, shown / max(len(prompts), 1))
+                text = min([one.text, *(one.text.partition(stop)[0] for stop in stops)], key=len)
+                found[i] = text, one.reason != "length" or text != one.text
+        return found
 
     def asked_ids(self, number: int, example: Any) -> tuple[np.ndarray, int]:
         """The ids after which an example's text is written, and how many shots are in them."""
