@@ -73,7 +73,7 @@ def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelle
                 raise DataError(
                     f"task.train: {task.labels[0]!r} is the label of all records, so there is "
                     "nothing to learn: give the column of the labels by --task.label-column, or "
-                    "all labels by --task.labels"
+                    "all of several labels by --task.labels"
                 )
         splits[name] = make_split(config, task, examples, tokenizer, problems)
     config = with_head_of(config, task)

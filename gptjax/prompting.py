@@ -1,5 +1,6 @@
 """Tasks that a language model is asked in words: choices that it scores, texts that it writes."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 
 from gptjax.config import Config, ConfigError, GPTConfig, refuse
-from gptjax.decoding import complete, score
+from gptjax.decoding import Completion, complete, score
 from gptjax.model import Params, resolve
 from gptjax.prefill import reach
 from gptjax.sampling import Sampling
@@ -32,8 +33,8 @@ class Asking(NamedTuple):
     shots: int = 0  # training examples that come before, or as many of them as fit
     seed: int = 0  # of their draw, and of the tokens'
     batch_size: int = 16  # texts that are scored or written together
-    # of a text that is written; None: half as many again as the longest right text has, or half of
-    # the context if there is none
+    # of a text that is written; None: half as many again as the longest right text has, or as
+    # `most_tokens` says if there is none
     max_tokens: int | None = None
     beams: int = 1  # of such a text; above 1: the likeliest text that a search finds
     temperature: float = 0.0  # of its tokens; 0: always the likeliest one
@@ -68,8 +69,6 @@ def ask(
     """
     if how.shots and not training:
         raise ConfigError(f"--shots {how.shots}: there are no training examples: give --task.train")
-    if how.max_tokens is None:
-        how = how._replace(max_tokens=_usual_length(model, task, examples))
     asker = _Asker(model, task, training, how, problems, begin)
     refuse_idle(task, examples, how)
     if examples and task.requests(examples[0]):
@@ -123,12 +122,9 @@ def refuse_idle(task: Task, examples: Sequence[Any], how: Asking, *, by_head: bo
     )
 
 
-def _usual_length(model: Model, task: Task, examples: Sequence[Any]) -> int:
-    """The tokens that a text may have, if nobody says how many."""
-    lengths = [len(model.tokenizer.encode(task.target(one))) for one in examples]
-    half, longest = max(model.config.context_size // 2, 1), max(lengths, default=0)
-    ending = max((len(model.tokenizer.encode(stop)) for stop in task.stops), default=1)
-    return min(longest + longest // 2 + ending, half) if longest else half
+def most_tokens(context_size: int) -> int:
+    """The tokens that a text may have, if nothing is known of it."""
+    return min(256, max(context_size // 2, 1))
 
 
 class _Question(NamedTuple):
@@ -252,14 +248,23 @@ class _Asker(NamedTuple):
             nats[here] = [one.total for one in scores[: len(here)]]
         return nats
 
+    def usual_length(self, examples: Sequence[Any]) -> int:
+        """The tokens that a text may have, by the longest right one."""
+        encode, size = self.model.tokenizer.encode, self.model.config.context_size
+        longest = max((len(encode(self.task.target(one))) for one in examples), default=0)
+        ending = max((len(encode(stop)) for stop in self.task.stops), default=1)
+        usual = longest + longest // 2 + ending if longest else most_tokens(size)
+        return min(usual, max(size // 2, 1))
+
     def write(self, examples: Sequence[Any]) -> Answers:
+        if self.how.max_tokens is None:
+            asker = self._replace(how=self.how._replace(max_tokens=self.usual_length(examples)))
+            return asker.write(examples)
         prompts: dict[int, np.ndarray] = {}
         shots = 0
         for number, example in enumerate(examples):
             ids, count = self.asked_ids(number, example)
-            # Beams do not go beyond the context.
-            ahead = self.how.max_tokens if self.how.beams > 1 else 0
-            if self.holds(example, len(ids) + ahead):
+            if self.holds(example, len(ids) + (self.how.beams > 1)):
                 prompts[number] = ids
                 shots += count
         self.problems.refuse()
@@ -268,7 +273,10 @@ class _Asker(NamedTuple):
             said[number] = self.task.from_text(examples[number], text)
             if not ended:
                 said[number]["cut"] = True
-                why = f"{self.how.max_tokens:,} tokens, which --max-tokens may raise"
+                room = self.room(len(prompts[number]))
+                why = f"{room:,} tokens" + ", which --max-tokens may raise" * (
+                    room == self.how.max_tokens
+                )
                 self.problems.note("a text without an end", examples[number].where, why, "cut")
         return Answers(said, shots / max(len(prompts), 1))
 
@@ -276,35 +284,51 @@ class _Asker(NamedTuple):
         """What is written after the prompts of some examples, and whether it came to an end, by the
         example's number; None if it was ended.
         """
+        stops = (BETWEEN,) * bool(self.how.shots) + self.task.stops
+        rooms = {number: self.room(len(ids)) for number, ids in prompts.items()}
+        order = sorted(prompts, key=lambda number: (rooms[number], len(prompts[number])))
+        found = {}
+        for room, group in itertools.groupby(order, rooms.get):
+            while here := list(itertools.islice(group, self.how.batch_size)):
+                if not self.begin():
+                    return None
+                asked = [prompts[number].tolist() for number in here]
+                numbers = [self.how.first + number for number in here]
+                for number, one in zip(here, self.completed(asked, room, numbers), strict=True):
+                    cut = [one.text.partition(stop)[0] for stop in stops]
+                    text = min([one.text, *cut], key=len)
+                    found[number] = text, one.reason != "length" or text != one.text
+        return found
+
+    def room(self, length: int) -> int:
+        """The tokens that may be written after so many: beams do not go beyond the context, unless
+        a window lets them.
+        """
+        most, size = self.how.max_tokens, self.model.config.context_size
+        if self.how.beams == 1 or reach(self.model.config) is not None:
+            return most
+        return min(most, size - length)
+
+    def completed(self, prompts: list, room: int, numbers: list[int]) -> list[Completion]:
         how, tokenizer = self.how, self.model.tokenizer
         stops = (BETWEEN,) * bool(how.shots) + self.task.stops
         # Beams know no strings that end a text: theirs is cut when it is done.
         sampling = Sampling(
-            max_tokens=how.max_tokens,
+            max_tokens=room,
             temperature=how.temperature,
             beams=how.beams,
             stop=() if how.beams > 1 else stops,
         )
-        found = {}
-        order = sorted(prompts, key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), how.batch_size):
-            here = order[start : start + how.batch_size]
-            if not self.begin():
-                return None
-            completions = complete(
-                self.model.params,
-                [prompts[i].tolist() for i in here],
-                self.model.config,
-                sampling,
-                jax.random.key(how.seed),
-                end=tokenizer.end,
-                tokenizer=tokenizer,
-                numbers=[how.first + i for i in here],
-            )
-            for i, one in zip(here, completions, strict=True):
-                text = min([one.text, *(one.text.partition(stop)[0] for stop in stops)], key=len)
-                found[i] = text, one.reason != "length" or text != one.text
-        return found
+        return complete(
+            self.model.params,
+            prompts,
+            self.model.config,
+            sampling,
+            jax.random.key(how.seed),
+            end=tokenizer.end,
+            tokenizer=tokenizer,
+            numbers=numbers,
+        )
 
     def asked_ids(self, number: int, example: Any) -> tuple[np.ndarray, int]:
         """The ids after which an example's text is written, and how many shots are in them."""
@@ -312,7 +336,9 @@ class _Asker(NamedTuple):
             prompt = self.task.prompt(example)
             text, count = self.shown(number, example, prompt, self.how.max_tokens)
             return self.ids(text), count
-        most = max(self.model.config.context_size - self.how.max_tokens, 1)
+        # What is written may go beyond the context, which moves then; messages are worth more.
+        size = self.model.config.context_size
+        most = max(size - min(self.how.max_tokens, most_tokens(size)), 1)
         messages = self.task.before(example)
         ids, dropped = self.task.fitting_ids(messages, self.model.tokenizer, most)
         if dropped:

@@ -30,6 +30,7 @@ from gptjax.prompting import Asking, Model, _Asker
 from gptjax.rundir import BusyError, CheckpointError, read_run
 from gptjax.sources import DataError
 from gptjax.tasks import Problems, make_task
+from gptjax.tasks.classification import Classified
 from gptjax.tasks.dialogue import Message
 from gptjax.tasks.pairs import Pair
 from gptjax.tokenizer import ByteTokenizer
@@ -458,6 +459,19 @@ def test_a_text_is_as_long_as_it_wants_and_one_without_an_end_is_told(tmp_path, 
     run("predict", tmp_path / "run", given, "--out", tmp_path / "more")
     texts = [json.loads(line)["text"] for line in (tmp_path / "more").open()]
     assert all(len(text) > 64 for text in texts)
+    # Beams write as far as the context goes.
+    given.write_text(f"source\ttarget\nso\t{'a' * 70}\n{'so ' * 80}\ta\n")
+    run("evaluate", tmp_path / "run", "--beams", 2, "--out", tmp_path / "beams")
+    assert len((tmp_path / "beams").read_text().splitlines()) == 2
+
+
+def test_several_labels_are_read_as_they_are_written():
+    labels = ("b", "food", "food, drink")
+    task = make_task(TaskConfig(kind="classify", several=True, labels=labels)).fitted([])
+    for chosen in (("food, drink", "b"), ("b", "food"), ("food",), ()):
+        example = Classified("x:1", "t", None, chosen)
+        assert task.from_text(example, task.target(example)) == {"labels": [*chosen]}
+    assert task.from_text(None, " foods, b or so\nfood") == {"labels": []}
 
 
 def test_no_example_is_among_its_own_shots():

@@ -290,6 +290,57 @@ def test_a_number_for_each_label(tmp_path):
     assert [one.labels for one in examples] == [("a", "c"), ("b",), ()] and not named(problems)
     examples, problems, _ = read(TaskConfig(kind="classify", several=True), path)
     assert named(problems) == ["x.jsonl:1", "x.jsonl:2", "x.jsonl:3"]
+    path.write_text("\n".join(json.dumps({"text": "t", "label": one}) for one in ([2], "[0, 2]")))
+    examples, problems, _ = read(config, path)  # numbers of labels, and a list as pandas writes it
+    assert [one.labels for one in examples] == [("c",), ("a", "c")]
+    one = TaskConfig(kind="classify", labels=("neg", "pos"))
+    path.write_text("\n".join(json.dumps({"text": "t", "label": one}) for one in (1, "0", "pos")))
+    examples, problems, _ = read(one, path)
+    assert [one.labels for one in examples] == [("pos",), ("neg",), ("pos",)]
+
+
+def test_what_may_be_no_label_is_told(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("text\tlabel\na\tyes\nb\t-\nc\tno\n")
+    examples, problems, _ = read(TaskConfig(kind="classify"), path)
+    assert len(examples) == 3 and counts(problems) == {"perhaps no label, kept": 1}
+
+
+def test_the_delimiter_of_a_table(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text('text;label\n"so; ""it"" is";a\nno;b\n')
+    config = TaskConfig(kind="classify", file_format="csv", delimiter=";")
+    examples, _, _ = read(config, path)
+    assert [one.text for one in examples] == ['so; "it" is', "no"]
+    path.write_text('text\tlabel\n"so ""it"" is"\ta\n')
+    for delimiter, text in ((None, '"so ""it"" is"'), ("\t", 'so "it" is')):
+        config = TaskConfig(kind="classify", file_format="tsv", delimiter=delimiter)
+        ((one,), _, _) = read(config, path)
+        assert one.text == text
+
+
+def test_quotes_that_are_never_closed_end_the_reading(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\n" + 'some 17","pos\n' * 500)
+    with pytest.raises(DataError, match="and so for 100 lines before: double the quotes"):
+        read(TaskConfig(kind="classify"), path)
+
+
+def test_words_and_tags_are_where_they_are_said_to_be(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("1\tIn\tO\tO\n2\tRom\tB-LOC\tO\n")  # as GermEval has it
+    config = TaskConfig(kind="entities", text_column="2", label_column="3")
+    ((one,), _, _) = read(config, path)
+    assert one.words == ("In", "Rom")
+    (examples, problems, _) = read(TaskConfig(kind="entities"), path)
+    assert not examples and "the first column numbers the words" in problems.lines()[1]
+    path = tmp_path / "x.conll"
+    path.write_text("EU I-ORG\nrejects O\nGerman I-MISC\n")
+    _, problems, _ = read(TaskConfig(kind="entities"), path)
+    assert "is not iob2, but it would be --task.scheme iob1" in problems.lines()[1]
+    path.write_text("EU B-ORG\nrejects O\n")
+    _, problems, _ = read(TaskConfig(kind="entities", scheme="io"), path)
+    assert "'B-ORG' is no tag of io, but it would be" in problems.lines()[1]
 
 
 def test_labels_that_were_not_in_training(tmp_path):
@@ -658,7 +709,19 @@ def test_roles_of_messages(tmp_path):
     (example,), problems, _ = read(config, path)
     roles = ["system", "user", "assistant", "user", "assistant"]
     assert [one.role for one in example.messages] == roles
+    assert "but of 'scene', 'ann'; give --task.assistant" in " ".join(problems.lines())
+    own = problems.named.pop(("role of its own", "kept"))
+    assert [one.partition(": ")[2][:5] for one in own] == ["'ann'", "'ann'"]
     assert named(problems) == ["chat.jsonl:2", "chat.jsonl:3", "chat.jsonl:4"]
+    parts = [{"type": "text", "text": "so "}, {"type": "text", "text": "it is"}]
+    given = [
+        [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}],
+        [{"role": "user", "content": "x"}, {"role": None, "content": "y"}],
+    ]
+    path.write_text("\n".join(json.dumps({"messages": one}) for one in given))
+    (example,), problems, _ = read(TaskConfig(kind="dialogue"), path)
+    assert example.messages[0].content == "so it is"
+    assert problems.counts == {("no label", "left out"): 1, ("role of its own", "kept"): 1}
 
 
 def test_choices_and_contexts(tmp_path):
@@ -677,12 +740,28 @@ def test_choices_and_contexts(tmp_path):
         {"query": "q", "choices": named_choices, "gold": "B"},
         {"query": "q", "choices": named_choices | {"label": ["1", "2"]}, "gold": "2"},
         {"query": "q", "choices": ["a", "b"], "gold": "C"},
+        {"query": "q", "choices": named_choices | {"label": ["1", "2"]}, "gold": 2},
+        {"query": "q", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]}
+        | {"gold": "b"},
+        {"query": "q", "choices": {"A": "x", "B": "y"}, "gold": "B"},
+        {"query": "q", "choices": {"text": "ab", "label": ["1", "2"]}, "gold": 1},
+        {"query": "q", "choices": {"text": None}, "gold": 1},
+        {"query": "q", "choices": ["a", "b"], "gold": "²"},
+        {"query": "q", "choices": ["a", "b"], "gold": "2"},
+        {"query": "q", "choices": named_choices, "gold": 1},
     ]
     more = tmp_path / "more.jsonl"
     more.write_text("\n".join(map(json.dumps, lines)))
     examples, problems, task = read(TaskConfig(kind="choices"), more)
-    assert [one.gold for one in examples] == [1, 1, 1] and named(problems) == ["more.jsonl:4"]
+    assert [one.gold for one in examples] == [1] * 6
+    assert {*named(problems)} >= {f"more.jsonl:{line}" for line in (4, 8, 9, 10, 11)}
+    assert problems.counts["unknown label", "left out"] == 4
+    assert "give --task.first-choice 1" in problems.named["unknown label", "left out"][2]
     assert examples[1].continuations == ("x", "y")
+    counted = TaskConfig(kind="choices", first_choice=1)
+    more.write_text("\n".join(json.dumps(lines[0] | {"gold": one}) for one in (0, 1, "2")))
+    examples, problems, _ = read(counted, more)
+    assert [one.gold for one in examples] == [0, 1] and named(problems) == ["more.jsonl:1"]
     examples, problems, task = read(TaskConfig(kind="choices"), path)
     assert [one.gold for one in examples] == [1, 0]
     assert [one.prompt for one in task.requests(examples[1])] == ["p", "q"]
@@ -704,6 +783,8 @@ def test_a_config_of_a_task():
         (TaskConfig(kind="classify", labels=("a", "b"), words=("yes",)), "a word for each"),
         (TaskConfig(kind="dialogue", turn="{content}: {role}"), "before {content}"),
         (TaskConfig(kind="classify", file_format="parallel"), "give task.kind pairs"),
+        (TaskConfig(kind="classify", text_column="1", label_column="1"), "are both '1'"),
+        (TaskConfig(kind="classify", delimiter=";;"), "give one character"),
         (TaskConfig(epochs=3.0), "task.epochs = 3.0, but task.kind is None"),
         (TaskConfig(patience=3), "task.patience = 3, but task.kind is None"),
         (TaskConfig(kind="pairs", several=True), "leave it out, or give task.kind classify"),

@@ -44,7 +44,8 @@ def parse(default: T, prog: str, arguments: Sequence[str]) -> tuple[T, list[str]
             f"--steps {given.config.steps}, but task.epochs = {task.epochs}: give --task.epochs "
             "None with --steps, or epochs alone"
         )
-    taken_over = given.config.init_from is not None and task.kind is not None
+    # `train` takes the model over, and applies its rules then.
+    taken_over = isinstance(given, Train) and given.config.init_from and task.kind
     return given, problems + violations(given.config, settled=not taken_over)
 
 

@@ -106,7 +106,7 @@ def predict_file(
     """Write what the run says of each example of a file, a chunk at a time; what is written already
     is not said again.
     """
-    from gptjax.prompting import Asking
+    from gptjax.prompting import Asking, most_tokens
     from gptjax.tasks import Problems
 
     config = task_config(run_dir, task_given)
@@ -115,8 +115,8 @@ def predict_file(
     if task.name in ("classify", "entities") and not task.labels:
         raise ConfigError("the labels are not known: give --task.labels, or --task.train FILE")
     examples = iter(task.read((path,), problems, labelled=False))
-    if max_tokens is None:  # whatever the file says is right
-        max_tokens = max(config.model.context_size // (4 if beams > 1 else 2), 1)
+    if max_tokens is None:  # of a chunk the longest right text would be another
+        max_tokens = most_tokens(config.model.context_size)
     how = Asking(0, seed, batch_size, max_tokens, beams, temperature)
     with _alone(Path(out)):
         said = _Speaker(run_dir, config, task, step, how, ())

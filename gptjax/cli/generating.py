@@ -81,7 +81,7 @@ class Predict:
     # a line of JSON for each example. The same command goes on with a file that is not whole
     out: str | None = None
     batch_size: Count = 16  # with --out: rows, or texts, at a time
-    # with --out: of a text that is written; None: half of the context, with beams a quarter
+    # with --out: of a text that is written; None: 256, or half of the context if that is less
     max_tokens: Count | None = None
     beams: Count = 1  # with --out, above 1: the likeliest text that is found is written
     temperature: NotNegative = 0.0  # with --out: of such a text; 0: always the likeliest token

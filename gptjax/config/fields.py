@@ -199,6 +199,9 @@ class TaskConfig:
     ] = "auto"
     # whether the first line of TSV and CSV names the columns; auto: unless numbers are given
     header: Literal["auto", "yes", "no"] = "auto"
+    # of TSV and CSV: what is between columns; cells may have quotes then. None: a comma, and in TSV
+    # a tab, where a quote is a character like any other
+    delimiter: str | None = None
     # error: no record may be wrong; skip: those that are wrong are left out; repair: broken tags
     # are read as conlleval does, and answers moved to where they are found nearest; what cannot be
     # repaired is left out. Whatever was wrong is counted and named by line
@@ -247,9 +250,9 @@ class TaskConfig:
     # dialogue: a message as text. What the model writes begins after it, and ends with end-of-text
     turn: str = "{role}:\n{content}"
 
-    choice_columns: tuple[str, ...] = (
-        "choices",
-    )  # choices: column of their list, or a column for each
+    # choices: column of their list, or a column for each
+    choice_columns: tuple[str, ...] = ("choices",)
+    first_choice: Whole = 0  # choices: what the first is called where a number says which is right
 
     # of prompting, and of pairs in training: how an example is shown, with {columns} in it.
     # None: as the task says

@@ -97,6 +97,7 @@ KINDS_OF = {
     "system": ("dialogue",),
     "turn": ("dialogue",),
     "choice_columns": ("choices",),
+    "first_choice": ("choices",),
     "words": ("classify",),
     "lm_weight": HEADS,
 }
@@ -357,6 +358,13 @@ def _task_texts(config: Config, _: int | None) -> Iterator[str]:
     task = config.task
     if len({*task.labels}) < len(task.labels):
         yield f"task.labels = {reprlib.repr(task.labels)}: a label is given twice: give each once"
+    if task.text_column and task.text_column == task.label_column:
+        yield (
+            f"task.text_column and task.label_column are both {task.text_column!r}: give the "
+            "column of each"
+        )
+    if task.delimiter is not None and (len(task.delimiter) != 1 or task.delimiter in '"\r\n'):
+        yield f"task.delimiter = {task.delimiter!r}: give one character, as in --task.delimiter ';'"
     if task.words and len(task.words) != len(task.labels):
         yield (
             f"task.words has {len(task.words)} words, but task.labels {len(task.labels)} labels: "

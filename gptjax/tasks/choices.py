@@ -56,11 +56,8 @@ class Choices:
         shown = cell(value, column)
         contexts = self._texts(shown, column) if isinstance(shown, list) else None
         contexts = contexts or (text_in(value, column),)
-        given, names = [cell(value, name) for name in config.choice_columns], None
-        first = given[0] if len(given) == 1 and isinstance(given[0], list | dict) else given
-        if isinstance(first, dict):  # as ARC has them: texts, and what each is called
-            first, names = (list(cell(first, part)) for part in ("text", "label"))
-        continuations = self._texts(first, " ".join(config.choice_columns))
+        texts, names = self._choices(value)
+        continuations = self._texts(texts, " ".join(config.choice_columns))
         if (len(contexts) > 1) == (len(continuations) > 1):
             raise Flaw(
                 "wrong number of choices",
@@ -70,11 +67,7 @@ class Choices:
         try:
             gold = cell(value, config.label_column or "gold")
             most = max(len(contexts), len(continuations))
-            gold = _place(gold, names, most)
-            if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < most:
-                raise Flaw(
-                    "unknown label", f"{gold!r} is right, but choices go from 0 to {most - 1}"
-                )
+            gold = _place(gold, names, most, config.first_choice)
         except Flaw:
             if labelled:
                 raise
@@ -82,6 +75,27 @@ class Choices:
         columns = named_texts(value)
         check_template(self._template, columns | {"text": contexts[0]})
         return Choice(where, contexts, continuations, gold, tuple(columns.items()))
+
+    def _choices(self, value: Any) -> tuple[list, list[str] | None]:
+        """The texts of the choices, and what each is called if they have names: of several columns,
+        a list, an object of lists `text` and `label`, a list of such objects, or one by name.
+        """
+        given = [cell(value, name) for name in self.config.choice_columns]
+        if len(given) > 1 or not isinstance(given[0], list | dict):
+            return given, None
+        (given,) = given
+        if isinstance(given, list) and all(isinstance(one, dict) for one in given):
+            given = {part: [cell(one, part) for one in given] for part in ("text", "label")}
+        if isinstance(given, list):
+            return given, None
+        if "text" not in given:
+            return list(given.values()), list(given)
+        texts, names = given["text"], given.get("label")
+        if not isinstance(texts, list):
+            raise Flaw("no text", f"the choices' 'text' is {kind_of_value(texts)}, not a list")
+        if names is not None and (not isinstance(names, list) or len(names) != len(texts)):
+            raise Flaw("wrong number of choices", f"{len(texts)} texts, but not as many labels")
+        return texts, names and [*map(str, names)]
 
     def _texts(self, values: list, column: str) -> tuple[str, ...]:
         for value in values:
@@ -152,13 +166,20 @@ class Choices:
         return "accuracy", np.array([[one.gold == said["choice"]] for one, said in pairs])
 
 
-def _place(gold: Any, names: list | None, count: int) -> Any:
-    """Which choice is right, from 0: by what it is called, by a letter, or by its number."""
-    if names is not None and gold in names:
-        return names.index(gold)
-    if not isinstance(gold, str):
-        return gold
+def _place(gold: Any, names: list[str] | None, count: int, first: int) -> int:
+    """Which choice is right, from 0: by what it is called, by a letter, or by its number.
+
+    Raises:
+      Flaw: if it is none.
+    """
+    said = str(gold).strip() if isinstance(gold, str | int) and not isinstance(gold, bool) else ""
     letters = string.ascii_uppercase[:count]
-    if len(gold.strip()) == 1 and gold.strip() in letters:
-        return letters.index(gold.strip())
-    return int(gold) if gold.strip().isdigit() else gold
+    if names is not None and said in names:
+        return names.index(said)
+    if len(said) == 1 and said.upper() in letters:
+        return letters.index(said.upper())
+    if names is None and said.isdecimal() and first <= int(said) < first + count:
+        return int(said) - first
+    there = f"{first} to {first + count - 1}" if names is None else ", ".join(names)
+    hint = "; give --task.first-choice 1 if the first is 1" * (said == str(count) and not first)
+    raise Flaw("unknown label", f"{gold!r} is right, but choices are {there}{hint}")

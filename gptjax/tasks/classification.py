@@ -1,7 +1,9 @@
 """Classes of a text, or of two together: one of several, or any number."""
 
+import ast
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +39,9 @@ from gptjax.tasks.task import (
 )
 from gptjax.tokenizer import Tokenizer
 
+# What sets write where an example has no label.
+NONE_OFTEN = {"-", "-1", "?", "n/a", "na", "nan", "none", "null", "unlabeled"}
+
 
 @dataclass(frozen=True)
 class Classified:
@@ -58,20 +63,37 @@ class Classification:
 
     name = "classify"
     head: Literal["label"] = "label"
-    stops = ()
 
     @property
     def several(self) -> bool:
         return self.config.several
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Several labels are written in a line."""
+        return ("\n",) if self.several else ()
+
     def read(
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Classified]:
         make = functools.partial(self._example, labelled=labelled)
-        examples = read_examples(self.config, paths, problems, make)
+        examples = self._noting_none(read_examples(self.config, paths, problems, make), problems)
         if not labelled or self.config.header != "auto" or not by_number(self.config):
             return examples
         return self._without_a_header(examples, problems)
+
+    def _noting_none(
+        self, examples: Iterable[Classified], problems: Problems
+    ) -> Iterator[Classified]:
+        """The same examples. A label that often means that there is none is told, for it is kept,
+        unless the labels are given.
+        """
+        for one in examples:
+            for label in () if self.labels or self.config.labels else one.labels or ():
+                if label.lower() in NONE_OFTEN:
+                    why = f"{label!r}; if it is no label give all others by --task.labels"
+                    problems.note("perhaps no label", one.where, why, "kept")
+            yield one
 
     def _without_a_header(
         self, examples: Iterable[Classified], problems: Problems
@@ -100,12 +122,9 @@ class Classification:
 
     def _labels(self, value: Any) -> tuple[str, ...]:
         if self.several:
-            found = value
-            if not isinstance(value, list):
-                found = self._spelled(value).split(self.config.label_separator)
-            names = self._names(found)
+            names = self._names(self._list(value))
         else:
-            names = (self._spelled(value),)
+            names = (self._named(value),)
             if not names[0]:
                 raise Flaw("no label", f"column {self._label_column!r} is empty")
         for name in names:
@@ -114,17 +133,40 @@ class Classification:
                 raise Flaw("unknown label", f"no label {name!r} was in training.{hint}")
         return names
 
+    def _list(self, value: Any) -> list:
+        """Several labels: a list, or a cell that is one, or has separators."""
+        if isinstance(value, list):
+            return value
+        text = self._spelled(value)
+        if text[:1] + text[-1:] != "[]":
+            return text.split(self.config.label_separator)
+        try:  # as pandas writes a list
+            return list(ast.literal_eval(text))
+        except (ValueError, SyntaxError):
+            raise Flaw("no label", f"{text[:80]!r} is no list") from None
+
     def _names(self, found: list) -> tuple[str, ...]:
         """Several labels; of a 0 or 1 for each label, as some sets have them, those with a 1."""
         known = self.labels or self.config.labels
-        numbers = all(not isinstance(one, str) and one in (0, 1) for one in found)
-        if numbers and len(found) == len(known) and not {*known} <= {"0", "1"}:
+        digits = len(found) > 1 and all(
+            not isinstance(one, str | list | dict) and one in (0, 1) for one in found
+        )
+        if digits and len(found) == len(known):
             return tuple(label for label, one in zip(known, found, strict=True) if one)
-        names = tuple(filter(None, (self._spelled(one) for one in found)))
-        if len({*names}) < len(names):
-            hint = "; of a 0 or 1 for each label give these by --task.labels" * numbers
-            raise Flaw("no label", f"{json.dumps(found)[:80]} has a label twice{hint}")
-        return names
+        if digits and not known:
+            raise Flaw(
+                "no label",
+                f"{json.dumps(found)[:80]} may be numbers of labels, or a 0 or 1 for each label: "
+                "give the names of all by --task.labels",
+            )
+        return tuple(dict.fromkeys(filter(None, map(self._named, found))))
+
+    def _named(self, value: Any) -> str:
+        """A label by its name; a number that is none is its place among `config.labels`."""
+        name, labels = self._spelled(value), self.config.labels
+        if name in labels or not name.isdecimal() or int(name) >= len(labels):
+            return name
+        return labels[int(name)]
 
     @property
     def _label_column(self) -> str:
@@ -249,9 +291,11 @@ class Classification:
         """The labels whose words a continuation begins with; "" if it is none of them."""
         said = text.strip().split("\n")[0]
         by_word = {self._word(label): label for label in self.labels}
-        if self.several:
-            found = [by_word[one.strip()] for one in said.split(",") if one.strip() in by_word]
-            return {"labels": found}
+        if self.several:  # a word may have commas
+            words = sorted(filter(None, by_word), key=len, reverse=True)
+            each = "|".join(map(re.escape, words)) or r"(?!)"
+            found = re.findall(rf"(?:^|,)\s*({each})(?=\s*(?:,|$))", said)
+            return {"labels": [by_word[word] for word in dict.fromkeys(found)]}
         fits = [word for word in by_word if said.startswith(word)]
         return {"label": by_word[max(fits, key=len)] if fits else ""}
 

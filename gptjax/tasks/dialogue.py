@@ -26,6 +26,9 @@ from gptjax.tokenizer import Tokenizer
 Role = Literal["system", "user", "assistant"]
 
 
+USERS = ("user", "human", "prompter")  # what sets call the user
+
+
 class Message(NamedTuple):
     role: Role
     content: str
@@ -71,17 +74,32 @@ class Dialogues:
         """Of records with a list of messages, or that are such a list. A message is an object with
         `config.role_key` and `config.content_key`, or a text; then user and assistant take turns.
         """
-        make = functools.partial(self._example, labelled=labelled)
+        make = functools.partial(self._example, problems=problems, labelled=labelled)
         return read_examples(self.config, paths, problems, make)
 
-    def _example(self, record: Record, labelled: bool) -> Dialogue:
+    def _example(self, record: Record, problems: Problems, labelled: bool) -> Dialogue:
         messages = self._messages(record.value)
+        known = {*self.config.assistant, *self.config.system, *USERS}
+        for role in dict.fromkeys(self._roles(record.value)):
+            if role not in known:
+                why = f"{role!r} is taken for the user; else give --task.assistant or --task.system"
+                problems.note("role of its own", record.where, why, "kept")
         if labelled and not any(one.role == "assistant" for one in messages):
             roles = ", ".join(map(repr, self.config.assistant))
-            raise Flaw("no label", f"none of the messages is of {roles}")
+            there = ", ".join(dict.fromkeys(map(repr, self._roles(record.value)))) or "none"
+            raise Flaw(
+                "no label",
+                f"none of the messages is of {roles}, but of {there}; give --task.assistant",
+            )
         return Dialogue(
             record.where, messages, waits=not labelled and messages[-1].role != "assistant"
         )
+
+    def _roles(self, value: Any) -> list:
+        """The roles of a record's messages, as they are written."""
+        given = value if isinstance(value, list) else cell(value, self.config.messages_column)
+        key = self.config.role_key
+        return [one.get(key) for one in given if isinstance(one, dict) and key in one]
 
     def _messages(self, value: Any) -> tuple[Message, ...]:
         given = value if isinstance(value, list) else cell(value, self.config.messages_column)
@@ -100,13 +118,17 @@ class Dialogues:
         if isinstance(value, str):
             return Message(in_turn, sound(value, what))
         content = cell(value, config.content_key)
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+        ):  # parts, as a message has that may have pictures too
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise Flaw("no text", f"{what} is {kind_of_value(content)}, not a string")
-        role = None if config.role_key is None else cell(value, config.role_key)
+        role = in_turn if config.role_key is None else cell(value, config.role_key)
         if role in config.system and not content.strip():
             return None
         sound(content, what)
-        if role is None:
+        if config.role_key is None:
             return Message(in_turn, content)
         if role in config.assistant:
             return Message("assistant", content)

@@ -16,7 +16,15 @@ from gptjax.tasks.metrics import entity_counts, entity_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
 from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound
-from gptjax.tasks.tags import Entity, entities, first_broken, head_tags, plain_tag, write_tags
+from gptjax.tasks.tags import (
+    Entity,
+    Scheme,
+    entities,
+    first_broken,
+    head_tags,
+    plain_tag,
+    write_tags,
+)
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
@@ -78,6 +86,7 @@ class Entities:
             file = record.where.rpartition(":")[0]
             where = [f"{file}:{number}" for number, _ in record.value]
             words = self._column(record.value, config.text_column or "1")
+            _refuse_numbers(words, config, len(record.value[0][1]))
             tags = self._tag_column(record.value, labelled)
         if tags is not None and len(tags) != len(words):
             if labelled:
@@ -162,19 +171,24 @@ class Entities:
     ) -> tuple[str, ...]:
         scheme = self.config.scheme
         plain = [plain_tag(tag.strip(), scheme) for tag in tags]
+        if scheme == "io":  # it has no letter but I, so a tag of another scheme is no kind of it
+            plain = [
+                None if tag.startswith("B-") else one for tag, one in zip(tags, plain, strict=True)
+            ]
         if None in plain:
             place = plain.index(None)
             line = where[place].rpartition(":")[2]
             raise Flaw(
                 "broken tags",
-                f"line {line}: {tags[place]!r} is no tag of {scheme}; give --task.scheme, or "
-                "another column with --task.label-column",
+                f"line {line}: {tags[place]!r} is no tag of {scheme}{_fitting(tags, scheme)}; give "
+                "--task.scheme, or another column with --task.label-column, and that of the words "
+                "with --task.text-column",
             )
         found = entities(plain)
         place = first_broken(plain, scheme)
         if place is not None:
             before = plain[place - 1] if place else "the beginning"
-            why = f"{plain[place]} after {before} is not {scheme}"
+            why = f"{plain[place]} after {before} is not {scheme}{_fitting(tags, scheme)}"
             if not problems.repairs:
                 raise Flaw("broken tags", f"line {where[place].rpartition(':')[2]}: {why}")
             problems.note("broken tags", where[place], why, "repaired")
@@ -348,3 +362,25 @@ class Entities:
 def _in_lines(value: Any) -> bool:
     """Whether a record is the lines of a sentence."""
     return isinstance(value, list) and all(isinstance(one, tuple) for one in value)
+
+
+def _refuse_numbers(words: Sequence[Any], config: TaskConfig, columns: int) -> None:
+    """Raises:
+    Flaw: if the first of several columns numbers the words, and nobody says that it has them.
+    """
+    numbers = [str(number) for number in range(1, len(words) + 1)]
+    if config.text_column is None and columns > 2 and len(words) > 1 and [*words] == numbers:
+        raise Flaw(
+            "no words",
+            "the first column numbers the words: give --task.text-column, as in 2, and "
+            "--task.label-column",
+        )
+
+
+def _fitting(tags: Sequence[str], scheme: Scheme) -> str:
+    """Words for another scheme that tags are well formed in."""
+    for other in ("iob1", "iob2", "bioes"):
+        plain = [plain_tag(tag.strip(), other) for tag in tags]
+        if other != scheme and None not in plain and first_broken(plain, other) is None:
+            return f", but it would be --task.scheme {other}"
+    return ""

@@ -230,4 +230,5 @@ def check_examples(encoded: Encodings, problems: Problems) -> None:
     """
     if not len(encoded.example_of):
         lines = "\n".join([f"{problems.split}: no example is left", *problems.lines()])
-        raise DataError(f"{lines}\ngive others, or mend what was left out")
+        header = "" if problems.read else "; the first line of a table names its columns"
+        raise DataError(f"{lines}\ngive others, or mend what was left out{header}")

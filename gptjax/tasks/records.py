@@ -61,7 +61,7 @@ def read_records(
     for source, kind, key in files:
         match kind:
             case "tsv" | "csv":
-                records = _table(source.where, kind == "tsv", _has_header(config), problems)
+                records = _table(source.where, kind == "tsv", config, problems)
             case "jsonl":
                 records = _jsonl(source.where, problems)
             case "json" | "yaml":
@@ -176,7 +176,7 @@ def cell(value: Any, column: str) -> Any:
         names = ", ".join(map(repr, itertools.islice(value, 20))) or "none at all"
         hint = did_you_mean(column, value)
         for name, one in value.items():
-            if isinstance(one, dict) and one:
+            if isinstance(one, dict) and one and not hint:
                 hint = f" What is in {name!r} is called as {f'{name}.{next(iter(one))}'!r}."
         raise Flaw("no such column", f"there is no column {column!r} but {names}.{hint}")
     raise Flaw(
@@ -234,7 +234,8 @@ def _lines(file: BinaryIO, where: str, problems: Problems) -> Iterator[tuple[int
             yield number, line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             problems.read += 1
-            why = f"byte 0x{line[error.start]:02x} at {error.start} is not UTF-8"
+            why = f"byte 0x{line[error.start]:02x} at {error.start} is not UTF-8; perhaps "
+            why += "`iconv -f LATIN1 -t UTF-8` makes it so"
             problems.bad("not UTF-8", f"{where}:{number}", why)
             yield number, None
 
@@ -250,6 +251,9 @@ def _jsonl(where: str, problems: Problems) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:
                 why = str(error) or "too deep to be read"
                 problems.bad("not JSON", f"{where}:{number}", why)
+
+
+MOST_UNCLOSED = 100  # quotes of a table that are not closed
 
 
 class _TextLines:
@@ -286,15 +290,15 @@ class _TextLines:
         return f"{one[1] or ''}\n"
 
 
-def _table(where: str, tabs: bool, header: bool, problems: Problems) -> Iterator[Record]:
+def _table(where: str, tabs: bool, config: TaskConfig, problems: Problems) -> Iterator[Record]:
     """Of CSV and TSV. In TSV a quote is a character like any other."""
     csv.field_size_limit(FIELD_LIMIT)  # there is but one for all readers
-    form = {"delimiter": ",", "strict": True}
-    if tabs:
+    form = {"delimiter": config.delimiter or ",", "strict": True}
+    if tabs and config.delimiter is None:
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with open_bytes(where) as file:
         lines = _TextLines(file, where, problems)
-        rows, names = csv.reader(lines, **form), None
+        rows, names, unclosed = csv.reader(lines, **form), None, 0
         while True:
             first = lines.begin()
             try:
@@ -303,14 +307,22 @@ def _table(where: str, tabs: bool, header: bool, problems: Problems) -> Iterator
                 return
             except csv.Error as error:
                 problems.read += 1
-                unclosed = "a quote that is not closed before the file ends"
-                why = unclosed if "unexpected end" in str(error) else str(error)
+                why = str(error)
+                if "unexpected end" in why:
+                    why, unclosed = "a quote that is not closed before the file ends", unclosed + 1
+                if unclosed > MOST_UNCLOSED:  # each time all that follows is read
+                    raise DataError(
+                        f"{where}:{first}: {why}, and so for {MOST_UNCLOSED} lines before: double "
+                        "the quotes that are text, or save it as TSV"
+                    ) from error
+                if lines.number > first:
+                    why += f"; lines {first + 1:,} to {lines.number:,} are read without it"
                 problems.bad("not CSV", f"{where}:{first}", why)
                 lines.give_back()  # the quote may be one of the text's
                 continue
             if not row or lines.broken:
                 continue
-            if header and names is None:
+            if names is None and _has_header(config):
                 names = row
                 twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
                 if twice:
