@@ -232,6 +232,7 @@ def read(run_dir) -> dict[str, np.ndarray]:
     return Checkpoints(run_dir).read_params()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", [TuneConfig(), TuneConfig(lora_rank=2)], ids=["full", "lora"])
 def test_a_run_begins_with_the_trunk_of_another_and_a_head_of_its_own(tune, base, tmp_path, capsys):
     # Of the model nothing is said but its dropout, so it is that of the base.
@@ -441,6 +442,7 @@ def test_a_reply_ends_where_its_turn_does(tmp_path, monkeypatch, capsys):
     assert (spaced.stops, spaced.reply("ho\n"), spaced.reply("ho")) == ((), "ho", "ho")
 
 
+@pytest.mark.slow
 def test_a_text_is_as_long_as_it_wants_and_one_without_an_end_is_told(tmp_path, capsys):
     given = tmp_path / "long.tsv"
     given.write_text("source\ttarget\n" + f"so\t{'a' * 70}\n" * 8)
