@@ -167,11 +167,12 @@ class _Asker(NamedTuple):
         """
         most = self.model.config.context_size - room
         shots = [(self.task.prompt(one), self.task.target(one)) for one in self.drawn(number)]
-        own = self.task.prompt(example), self.task.target(example)
-        if own in shots:  # it would see its own answer
-            others = self.drawn(number, shots=len(self.training))
-            others = [(self.task.prompt(one), self.task.target(one)) for one in others]
-            shots = [one for one in others if one != own][: self.how.shots]
+        if shots:
+            own = self.task.prompt(example), self.task.target(example)
+            if own in shots:  # it would see its own answer
+                others = self.drawn(number, shots=len(self.training))
+                others = [(self.task.prompt(one), self.task.target(one)) for one in others]
+                shots = [one for one in others if one != own][: self.how.shots]
         return with_shots(shots, prompt, lambda text: len(self.ids(text)) <= most)
 
     def drawn(self, number: int, shots: int | None = None) -> list[Any]:
@@ -284,7 +285,6 @@ class _Asker(NamedTuple):
         """What is written after the prompts of some examples, and whether it came to an end, by the
         example's number; None if it was ended.
         """
-        stops = (BETWEEN,) * bool(self.how.shots) + self.task.stops
         rooms = {number: self.room(len(ids)) for number, ids in prompts.items()}
         order = sorted(prompts, key=lambda number: (rooms[number], len(prompts[number])))
         found = {}
@@ -295,7 +295,7 @@ class _Asker(NamedTuple):
                 asked = [prompts[number].tolist() for number in here]
                 numbers = [self.how.first + number for number in here]
                 for number, one in zip(here, self.completed(asked, room, numbers), strict=True):
-                    cut = [one.text.partition(stop)[0] for stop in stops]
+                    cut = [one.text.partition(stop)[0] for stop in self.stops]
                     text = min([one.text, *cut], key=len)
                     found[number] = text, one.reason != "length" or text != one.text
         return found
@@ -309,15 +309,24 @@ class _Asker(NamedTuple):
             return most
         return min(most, size - length)
 
-    def completed(self, prompts: list, room: int, numbers: list[int]) -> list[Completion]:
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end a text: after shots also what is between them."""
+        return (BETWEEN,) * bool(self.how.shots) + self.task.stops
+
+    def completed(
+        self, prompts: Sequence[Sequence[int]], room: int, numbers: Sequence[int]
+    ) -> list[Completion]:
+        """What is written after prompts of ids, at most `room` tokens each; by their numbers the
+        examples draw.
+        """
         how, tokenizer = self.how, self.model.tokenizer
-        stops = (BETWEEN,) * bool(how.shots) + self.task.stops
         # Beams know no strings that end a text: theirs is cut when it is done.
         sampling = Sampling(
             max_tokens=room,
             temperature=how.temperature,
             beams=how.beams,
-            stop=() if how.beams > 1 else stops,
+            stop=() if how.beams > 1 else self.stops,
         )
         return complete(
             self.model.params,

@@ -81,6 +81,7 @@ def make_ready(
     Raises:
       ConfigError, DataError, CheckpointError: as `gptjax.train.fit` does.
     """
+    # The rules are those of the model that is taken over; a value of a wrong kind is told first.
     if config.task.kind and config.init_from and not field_problems(config, Config):
         begun = (run_dir / "config.json").exists()
         config = take_over(config, run_dir if begun else Path(config.init_from))

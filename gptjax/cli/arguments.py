@@ -38,8 +38,8 @@ def parse(default: T, prog: str, arguments: Sequence[str]) -> tuple[T, list[str]
     problems += wrong.values()
     if not wrong and isinstance(given, Train):
         problems += launch_problems(given)
-    task, steps = given.config.task, [one.partition("=")[0] for one in arguments]
-    if "--steps" in steps and getattr(task, "epochs", None) is not None:
+    task, options = given.config.task, [one.partition("=")[0] for one in arguments]
+    if "--steps" in options and getattr(task, "epochs", None) is not None:
         problems.append(
             f"--steps {given.config.steps}, but task.epochs = {task.epochs}: give --task.epochs "
             "None with --steps, or epochs alone"

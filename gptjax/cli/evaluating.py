@@ -214,12 +214,12 @@ class _Speaker:
         from gptjax.labelled import make_split, predict
         from gptjax.prompting import ask, refuse_idle
 
-        refuse_idle(self.task, examples, self.how, by_head=self.by_head)
         if not self.by_head:
             how = self.how._replace(first=first)
             answers = ask(self.model, self.task, examples, self.training, how, problems)
             self.about = f", after {answers.shots:.4g} examples" if self.how.shots else ""
             return answers.predictions
+        refuse_idle(self.task, examples, self.how, by_head=True)
         split = make_split(
             self.config, self.task, examples, self.model.tokenizer, problems, labelled=False
         )

@@ -218,8 +218,12 @@ class TaskConfig:
     # column of the label; None: "label"; of entities' tags the last, or "tags" of JSON and Parquet;
     # of choices "gold"
     label_column: str | None = None
-    labels: tuple[str, ...] = ()  # all there are, in their order; (): those of the training files
-    several: bool = False  # classify: a record has any number of labels
+    # all there are, in their order; a number that is none of them is its place among them, from 0.
+    # (): those of the training files
+    labels: tuple[str, ...] = ()
+    # classify: a record has any number of labels; a list of as many 0 and 1 as there are labels
+    # says of each whether it has that
+    several: bool = False
     label_separator: str = ","  # between several labels in a cell; a list in JSON needs none
     class_weights: Literal["equal", "balanced"] = "equal"  # balanced: 1 / share of the label
     # of classes, entities and questions: an example is shown with the token that begins a text

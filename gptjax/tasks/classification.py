@@ -142,7 +142,7 @@ class Classification:
             return text.split(self.config.label_separator)
         try:  # as pandas writes a list
             return list(ast.literal_eval(text))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # as its documents say
             raise Flaw("no label", f"{text[:80]!r} is no list") from None
 
     def _names(self, found: list) -> tuple[str, ...]:

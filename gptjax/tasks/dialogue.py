@@ -96,10 +96,11 @@ class Dialogues:
         )
 
     def _roles(self, value: Any) -> list:
-        """The roles of a record's messages, as they are written."""
+        """The roles of a record's messages, as they are written: strings, or null."""
         given = value if isinstance(value, list) else cell(value, self.config.messages_column)
         key = self.config.role_key
-        return [one.get(key) for one in given if isinstance(one, dict) and key in one]
+        found = [one[key] for one in given if isinstance(one, dict) and key in one]
+        return [role for role in found if role is None or isinstance(role, str)]
 
     def _messages(self, value: Any) -> tuple[Message, ...]:
         given = value if isinstance(value, list) else cell(value, self.config.messages_column)
