@@ -716,11 +716,12 @@ def test_roles_of_messages(tmp_path):
     parts = [{"type": "text", "text": "so "}, {"type": "text", "text": "it is"}]
     given = [
         [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}],
+        [{"role": ["odd"], "content": "x"}, {"role": "assistant", "content": "yes"}],
         [{"role": "user", "content": "x"}, {"role": None, "content": "y"}],
     ]
     path.write_text("\n".join(json.dumps({"messages": one}) for one in given))
-    (example,), problems, _ = read(TaskConfig(kind="dialogue"), path)
-    assert example.messages[0].content == "so it is"
+    (example, odd), problems, _ = read(TaskConfig(kind="dialogue"), path)
+    assert example.messages[0].content == "so it is" and odd.messages[0].role == "user"
     assert problems.counts == {("no label", "left out"): 1, ("role of its own", "kept"): 1}
 
 
