@@ -367,6 +367,60 @@ def test_several_labels(tmp_path):
     assert examples[0].labels == ("a", "1")
 
 
+def test_a_column_for_each_label(tmp_path):
+    path = tmp_path / "toxic.csv"
+    path.write_text("id,text,rude,threat\n1,a,1,0\n2,b,0,0\n3,c,true,1.0\n4,d,False,?\n5,e,2,0\n")
+    config = TaskConfig(kind="classify", several=True, label_columns=("threat", "rude"))
+    examples, problems, task = read(config, path)
+    assert [one.labels for one in examples] == [("rude",), (), ("threat", "rude")]
+    assert task.labels == ("threat", "rude") and named(problems) == ["toxic.csv:5", "toxic.csv:6"]
+    said = "\n".join(problems.lines())
+    assert "column 'threat' is '?', not 0 or 1" in said and "column 'rude' is '2'" in said
+    path = tmp_path / "toxic.jsonl"
+    path.write_text('{"text": "a", "rude": true, "threat": 0}\n{"text": "b", "rude": null}\n')
+    examples, problems, _ = read(config, path)
+    assert [one.labels for one in examples] == [("rude",)]
+    assert "there is no column 'threat'" in "\n".join(problems.lines())
+    # A name among the numbers is one of the first line's; if there is none, no line names columns.
+    path = tmp_path / "toxic.csv"
+    config = TaskConfig(kind="classify", several=True, text_column="2", label_columns=("rude",))
+    assert [one.labels for one in read(config, path)[0]] == [("rude",), (), ("rude",), ()]
+    path = tmp_path / "bare.csv"
+    path.write_text("a,1,0\nb,0,1\n")
+    config = TaskConfig(kind="classify", several=True, text_column="1", label_columns=("2", "3"))
+    assert [one.labels for one in read(config, path)[0]] == [("2",), ("3",)]
+
+
+def test_folders_of_texts(tmp_path):
+    for place, text in {
+        "train/neg/1.txt": b"bad\nfilm\n",
+        "train/pos/1.txt": b"\xef\xbb\xbfgood",
+        "train/pos/more/2": b"text\tlabel",
+        "train/pos/3.txt": b"caf\xe9",
+        "train/urls.txt": b"nothing",
+    }.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(text)
+    rows = [("bad\nfilm", ("neg",)), ("good", ("pos",)), ("text\tlabel", ("more",))]
+    for given in ("auto", "folders"):
+        config = TaskConfig(kind="classify", file_format=given)
+        examples, problems, task = read(config, tmp_path / "train")
+        assert [(one.text, one.labels) for one in examples] == rows, given
+        assert counts(problems) == {"no label, left out": 1, "not UTF-8, left out": 1}
+        assert named(problems) == ["3.txt", "urls.txt"] and task.labels == ("more", "neg", "pos")
+    # Folders that are labels themselves, and globs, are read so if told.
+    for files in (["train/neg", "train/pos/1.txt"], ["train/*/1.txt"]):
+        examples, problems, _ = read(config, *(tmp_path / file for file in files), policy="error")
+        assert [(one.text, one.labels) for one in examples] == rows[:2] and not problems.counts
+    # Columns are of tables.
+    (tmp_path / "tables" / "de").mkdir(parents=True)
+    (tmp_path / "tables" / "de" / "x.txt").write_text("text\tlabel\ngut\tpos\n")
+    examples, _, _ = read(TaskConfig(kind="classify", text_column="text"), tmp_path / "tables")
+    assert [(one.text, one.labels) for one in examples] == [("gut", ("pos",))]
+    examples, _, _ = read(TaskConfig(kind="classify"), tmp_path / "tables" / "de")
+    assert [(one.text, one.labels) for one in examples] == [("gut", ("pos",))]
+
+
 def test_what_is_not_there_is_said(tmp_path):
     config = TaskConfig(kind="classify")
     with pytest.raises(DataError, match=r"task.train: .*there is no 'none.tsv'"):
@@ -784,6 +838,12 @@ def test_a_config_of_a_task():
         (TaskConfig(kind="classify", labels=("a", "b"), words=("yes",)), "a word for each"),
         (TaskConfig(kind="dialogue", turn="{content}: {role}"), "before {content}"),
         (TaskConfig(kind="classify", file_format="parallel"), "give task.kind pairs"),
+        (TaskConfig(kind="pairs", file_format="folders"), "give task.kind classify"),
+        (TaskConfig(kind="classify", label_columns=("a",)), "give task.several True"),
+        (
+            TaskConfig(kind="classify", several=True, label_columns=("a",), labels=("a",)),
+            "task.label_columns and task.labels",
+        ),
         (TaskConfig(kind="classify", text_column="1", label_column="1"), "are both '1'"),
         (TaskConfig(kind="classify", delimiter=";;"), "give one character"),
         (TaskConfig(epochs=3.0), "task.epochs = 3.0, but task.kind is None"),

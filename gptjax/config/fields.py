@@ -193,9 +193,11 @@ class TaskConfig:
     valid: tuple[str, ...] = ()  # as train, for validation
     test: tuple[str, ...] = ()  # as train, looked at once, after the last step
     # of files: auto goes by the ending and else by the task; conll: columns, a word a line, a blank
-    # line after a sentence; parallel: two text files in turn, whose lines belong together
+    # line after a sentence; parallel: two text files in turn, whose lines belong together; folders:
+    # each file is a text, whose label is the name of the folder that it lies in, as auto has it for
+    # classes in folders below a given one, unless columns are given
     file_format: Literal[
-        "auto", "tsv", "csv", "jsonl", "json", "yaml", "parquet", "conll", "parallel"
+        "auto", "tsv", "csv", "jsonl", "json", "yaml", "parquet", "conll", "parallel", "folders"
     ] = "auto"
     # whether the first line of TSV and CSV names the columns; auto: unless numbers are given
     header: Literal["auto", "yes", "no"] = "auto"
@@ -218,6 +220,8 @@ class TaskConfig:
     # column of the label; None: "label"; of entities' tags the last, or "tags" of JSON and Parquet;
     # of choices "gold"
     label_column: str | None = None
+    # classify, with `several`: a column for each label, which says 0 or 1, or false or true
+    label_columns: tuple[str, ...] = ()
     # all there are, in their order; a number that is none of them is its place among them, from 0.
     # (): those of the training files
     labels: tuple[str, ...] = ()

@@ -78,6 +78,7 @@ HEADS = ("classify", "entities", "questions")  # tasks with a head of their own
 KINDS_OF = {
     "second_column": ("classify",),
     "label_column": ("classify", "entities", "choices"),
+    "label_columns": ("classify",),
     "several": ("classify",),
     "label_separator": ("classify",),
     "class_weights": ("classify", "entities"),
@@ -375,8 +376,22 @@ def _task_texts(config: Config, _: int | None) -> Iterator[str]:
         yield (
             f"task.turn = {task.turn!r}: give a text with {{role}} before {{content}}, each once"
         )
-    if task.file_format == "parallel" and task.kind not in (None, "pairs"):
-        yield f"task.file_format = 'parallel', but task.kind = {task.kind!r}: give task.kind pairs"
+    for name, kind in (("parallel", "pairs"), ("folders", "classify")):
+        if task.file_format == name and task.kind not in (None, kind):
+            yield (
+                f"task.file_format = {name!r}, but task.kind = {task.kind!r}: give task.kind {kind}"
+            )
+    if task.label_columns and not task.several:
+        yield (
+            f"task.label_columns = {reprlib.repr(task.label_columns)}, of which any number may "
+            "say 1, but task.several is False: give task.several True"
+        )
+    for name in ("label_column", "labels"):
+        if task.label_columns and (given := getattr(task, name)):
+            yield (
+                f"task.label_columns and task.{name} = {reprlib.repr(given)} exclude each other: "
+                "labels are called as their columns; give one of the two"
+            )
 
 
 def _mixture_alone(config: Config, _: int | None) -> Iterator[str]:

@@ -113,18 +113,20 @@ class Classification:
         text = text_in(value, config.text_column or "text")
         second = text_in(value, config.second_column) if config.second_column else None
         try:
-            labels = self._labels(cell(value, self._label_column))
+            labels = self._labels(value)
         except Flaw:
             if labelled:
                 raise
             labels = None
         return Classified(record.where, text, second, labels)
 
-    def _labels(self, value: Any) -> tuple[str, ...]:
-        if self.several:
-            names = self._names(self._list(value))
+    def _labels(self, record: Any) -> tuple[str, ...]:
+        if self.config.label_columns:
+            names = tuple(name for name in self.config.label_columns if _is_on(record, name))
+        elif self.several:
+            names = self._names(self._list(cell(record, self._label_column)))
         else:
-            names = (self._named(value),)
+            names = (self._named(cell(record, self._label_column)),)
             if not names[0]:
                 raise Flaw("no label", f"column {self._label_column!r} is empty")
         for name in names:
@@ -184,7 +186,8 @@ class Classification:
 
     def fitted(self, examples: Sequence[Classified]) -> Self:
         counts = Counter(label for one in examples for label in one.labels or ())
-        labels = self.labels or self.config.labels or tuple(sorted(counts, key=_natural))
+        labels = self.labels or self.config.labels or self.config.label_columns
+        labels = labels or tuple(sorted(counts, key=_natural))
         weights = ()
         if self.config.class_weights == "balanced":
             of_label = Counter({number: counts[label] for number, label in enumerate(labels)})
@@ -326,6 +329,21 @@ class Classification:
             return "micro_f1", np.stack(counts, axis=1)
         pairs = zip(examples, predictions, strict=True)
         return "accuracy", np.array([[one.labels[0] == said["label"]] for one, said in pairs])
+
+
+def _is_on(record: Any, column: str) -> bool:
+    """Whether a column says that a record has the label that it is called by.
+
+    Raises:
+      Flaw: if it says neither that nor that it has not.
+    """
+    said = cell(record, column)
+    text = said.strip().lower() if isinstance(said, str) else said
+    for value, spelled in ((True, ("1", "1.0", "true")), (False, ("0", "0.0", "false"))):
+        if text in spelled or (isinstance(text, int | float) and text == value):
+            return value
+    shown = repr(said) if isinstance(said, str) else json.dumps(said, default=str)[:80]
+    raise Flaw("no label", f"column {column!r} is {shown}, not 0 or 1")
 
 
 def _natural(label: str) -> tuple:

@@ -13,7 +13,7 @@ Action = Literal["left out", "repaired", "kept", "cut"]
 
 # Options that say where the parts of a record are, by the kind of task.
 COLUMNS = {
-    "classify": ("text-column", "second-column", "label-column"),
+    "classify": ("text-column", "second-column", "label-column", "label-columns"),
     "entities": ("text-column", "label-column"),
     "pairs": ("source-column", "target-column"),
     "dialogue": ("messages-column", "role-key", "content-key"),

@@ -58,8 +58,11 @@ def read_records(
     if config.file_format == "parallel":
         yield from _parallel(files, problems, labelled)
         return
+    roots = {_root(source) for source, *_ in files if "/" in source.name}
     for source, kind, key in files:
         match kind:
+            case "folders":
+                records = _text_of_folder(source, _root(source) in roots, problems)
             case "tsv" | "csv":
                 records = _table(source.where, kind == "tsv", config, problems)
             case "jsonl":
@@ -118,12 +121,17 @@ def find_files(
         if not path or os.path.exists(given) or given.startswith("tfds:"):
             path, key = given, ""
         instead = "say what it is with --task.file-format" if config.file_format == "auto" else None
-        for source in expand(path, label, DataConfig()):
+        sources = expand(path, label, DataConfig())
+        below = os.path.isdir(path) and any("/" in source.name for source in sources)
+        for source in sources:
             refuse_unreadable(source, label, instead)
-            yield source, _format(config, source), key
+            yield source, _format(config, source, below), key
 
 
-def _format(config: TaskConfig, source: Source) -> str:
+def _format(config: TaskConfig, source: Source, below: bool) -> str:
+    """Args:
+    below: whether there are folders below the given one.
+    """
     if config.file_format != "auto":
         return config.file_format
     bare = source.name.removesuffix(packing_of(source.name))
@@ -134,6 +142,9 @@ def _format(config: TaskConfig, source: Source) -> str:
         return "conll"
     if source.kind != "text":
         return source.kind
+    columns = ("text_column", "second_column", "label_column", "label_columns")
+    if config.kind == "classify" and below and not any(getattr(config, one) for one in columns):
+        return "folders"
     return {"entities": "conll", "questions": "json"}.get(config.kind, "tsv")
 
 
@@ -147,6 +158,7 @@ def by_number(config: TaskConfig) -> bool:
     names = ("text", "second", "label", "source", "target")
     fields = {f"{name}_column": getattr(config, f"{name}_column") for name in names}
     given = [one for name, one in fields.items() if one != getattr(TaskConfig(), name)]
+    given += config.label_columns
     return bool(given) and all(NUMBER.fullmatch(one or "") for one in given)
 
 
@@ -234,10 +246,13 @@ def _lines(file: BinaryIO, where: str, problems: Problems) -> Iterator[tuple[int
             yield number, line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             problems.read += 1
-            why = f"byte 0x{line[error.start]:02x} at {error.start} is not UTF-8; perhaps "
-            why += "`iconv -f LATIN1 -t UTF-8` makes it so"
-            problems.bad("not UTF-8", f"{where}:{number}", why)
+            _tell_not_utf8(error, f"{where}:{number}", problems)
             yield number, None
+
+
+def _tell_not_utf8(error: UnicodeDecodeError, where: str, problems: Problems) -> None:
+    why = f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8; perhaps "
+    problems.bad("not UTF-8", where, why + "`iconv -f LATIN1 -t UTF-8` makes it so")
 
 
 def _jsonl(where: str, problems: Problems) -> Iterator[Record]:
@@ -454,6 +469,33 @@ def _parallel(
 
 
 # --- files that memory holds -------------------------------------------------------------------
+
+
+def _root(source: Source) -> str:
+    """The folder that a source's name begins below."""
+    return source.where.removesuffix(source.name)
+
+
+def _text_of_folder(source: Source, below: bool, problems: Problems) -> Iterator[Record]:
+    """The text of a file, and the name of the folder that it lies in as its label.
+
+    Args:
+      below: whether the given folder has others, which are the labels.
+    """
+    problems.read += 1
+    if below and "/" not in source.name:
+        why = "lies beside the folders that are labels: give these folders alone"
+        problems.bad("no label", source.where, why)
+        return
+    with open_bytes(source.where) as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        _tell_not_utf8(error, source.where, problems)
+        return
+    folder = os.path.basename(os.path.dirname(os.path.abspath(source.where)))
+    yield Record(source.where, {"text": text, "label": folder})
 
 
 def _whole(where: str, kind: str, key: str, problems: Problems) -> Iterator[Record]:
