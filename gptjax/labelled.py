@@ -75,7 +75,9 @@ def load_labelled(config: Config, tokenizer: Tokenizer) -> tuple[Config, Labelle
                     "nothing to learn: give the column of the labels by --task.label-column, or "
                     "all of several labels by --task.labels"
                 )
-        splits[name] = make_split(config, task, examples, tokenizer, problems)
+        splits[name] = make_split(
+            config, task, examples, tokenizer, problems, to_learn=name == "train"
+        )
     config = with_head_of(config, task)
     if config.task.epochs is not None:
         config = with_steps(config, splits["train"].rows)
@@ -101,14 +103,17 @@ def make_split(
     tokenizer: Tokenizer,
     problems: Problems,
     *,
+    to_learn: bool,
     labelled: bool = True,
 ) -> Split:
-    """Examples in rows: those of task.train in an order for training, all others once each.
+    """Examples in rows: in an order for training, or once each.
 
+    Args:
+      to_learn: whether they are trained on.
+      labelled: whether there must be labels.
     Raises:
       DataError: if none is left, or one is too long that is not to be left out.
     """
-    to_learn = problems.split == "task.train"
     size, vocab_size = config.model.context_size, config.model.vocab_size
     encoded = encode_examples(task, examples, tokenizer, size, problems, to_learn=to_learn)
     problems.refuse()
@@ -242,7 +247,13 @@ def predict(
       None if it was ended.
     """
     rows = split.rows
-    outputs: dict[int, np.ndarray] = {}
+    example_of = rows.encoded.example_of.tolist()
+    windows_of: dict[int, list[int]] = {}
+    for number, example in enumerate(example_of):
+        windows_of.setdefault(example, []).append(number)
+    awaited = {example: len(numbers) for example, numbers in windows_of.items()}
+    predictions: list[Prediction | None] = [None] * len(split.examples)
+    outputs: dict[int, np.ndarray] = {}  # of examples of which not all windows were seen
     make = functools.partial(rows.batch_at, which=local_rows(mesh, rows.batch_size))
     total, done = np.zeros(2), 0
     with closing(prefetch(make, 0, rows.num_batches, prefetched, request)) as batches:
@@ -254,17 +265,16 @@ def predict(
             )
             for place in rows.places_at(done, which=slice(None)):
                 outputs[place.number] = logits_BTC[place.row, place.start : place.stop].copy()
+                example = example_of[place.number]
+                awaited[example] -= 1
+                if not awaited[example]:
+                    numbers = windows_of[example]
+                    windows = [rows.encoded.one(number) for number in numbers]
+                    said = [outputs.pop(number) for number in numbers]
+                    predictions[example] = task.decode(split.examples[example], windows, said)
             total, done = total + np.float64(sums), done + 1
     if done < rows.num_batches:
         return None
-    of_example: dict[int, list[int]] = {}
-    for number, example in enumerate(rows.encoded.example_of.tolist()):
-        of_example.setdefault(example, []).append(number)
-    predictions: list[Prediction | None] = [None] * len(split.examples)
-    for example, numbers in of_example.items():
-        windows = [rows.encoded.one(number) for number in numbers]
-        said = [outputs[number] for number in numbers]
-        predictions[example] = task.decode(split.examples[example], windows, said)
     return Said(predictions, total[0] / total[1] if total[1] else float("nan"))
 
 

@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax.attention import UNSEEN
 from gptjax.config import GPTConfig
 from gptjax.data import WORD_BITS, Batch
 from gptjax.sharding import constrain, constrain_stored, constrain_terms, parts
@@ -203,8 +202,15 @@ def _span_losses(logits_BTC: jax.Array, targets_BT: jax.Array, segments_BT: jax.
     """Of bit 1, that the passage begins here and nowhere else in the segment; of bit 2, that it
     ends here; of both, their mean.
     """
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
-    seen_BTTC = jnp.where(same_BTT[..., None], logits_BTC[:, None], UNSEEN)
-    losses_BTC = jax.nn.logsumexp(seen_BTTC, axis=2) - logits_BTC
+
+    def sums(logits_TC: jax.Array, segments_T: jax.Array) -> jax.Array:
+        """For each token the log of the sum of exponentials over its segment, linear in T."""
+        most = logits_TC.shape[0] + 1  # segments, with that of padding
+        highest_SC = jax.ops.segment_max(jax.lax.stop_gradient(logits_TC), segments_T, most)
+        highest_TC = highest_SC[segments_T]
+        sum_SC = jax.ops.segment_sum(jnp.exp(logits_TC - highest_TC), segments_T, most)
+        return highest_TC + jnp.log(sum_SC[segments_T])
+
+    losses_BTC = jax.vmap(sums)(logits_BTC, segments_BT) - logits_BTC
     bits_BTC = targets_BT[..., None] >> jnp.arange(2) & 1
     return (bits_BTC * losses_BTC).sum(-1) / jnp.maximum(bits_BTC.sum(-1), 1)

@@ -82,18 +82,20 @@ def say_at_end(
     task: Task,
     examples: Sequence[Any],
     tokenizer: Tokenizer,
+    problems: Problems,
     begin: Callable[[], bool],
 ) -> list[Prediction | None]:
     """What a language model writes for examples, or chooses: the likeliest token each time.
 
     Args:
       params: of the model alone.
+      problems: told of what is too long, and of texts that are cut.
       begin: asked before each batch; False ends it, and nothing is said of any example.
     """
     platform = jax.tree.leaves(params)[0].sharding.mesh.devices.flat[0].platform
     model = Model(params, resolve(config.model, platform)[0], tokenizer)
     how = Asking(batch_size=min(config.batch_size, 16))
-    return ask(model, task, examples, (), how, Problems("skip", ""), begin).predictions
+    return ask(model, task, examples, (), how, problems, begin).predictions
 
 
 def refuse_idle(task: Task, examples: Sequence[Any], how: Asking, *, by_head: bool = False) -> None:
@@ -125,6 +127,13 @@ def refuse_idle(task: Task, examples: Sequence[Any], how: Asking, *, by_head: bo
 def most_tokens(context_size: int) -> int:
     """The tokens that a text may have, if nothing is known of it."""
     return min(256, max(context_size // 2, 1))
+
+
+def most_shown(context_size: int, max_tokens: int) -> int:
+    """The tokens that a dialogue may have before a reply. What is written may go beyond the
+    context, which moves then; messages are worth more.
+    """
+    return max(context_size - min(max_tokens, most_tokens(context_size)), 1)
 
 
 class _Question(NamedTuple):
@@ -345,9 +354,7 @@ class _Asker(NamedTuple):
             prompt = self.task.prompt(example)
             text, count = self.shown(number, example, prompt, self.how.max_tokens)
             return self.ids(text), count
-        # What is written may go beyond the context, which moves then; messages are worth more.
-        size = self.model.config.context_size
-        most = max(size - min(self.how.max_tokens, most_tokens(size)), 1)
+        most = most_shown(self.model.config.context_size, self.how.max_tokens)
         messages = self.task.before(example)
         ids, dropped = self.task.fitting_ids(messages, self.model.tokenizer, most)
         if dropped:

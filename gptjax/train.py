@@ -60,7 +60,7 @@ from gptjax.sharding import local_rows, to_devices
 from gptjax.step import TrainState, abstract_state, jit_init_state, with_params
 from gptjax.stop import Interrupted, Leaving, Stop
 from gptjax.summary import summary, versions
-from gptjax.tasks import ExampleRows
+from gptjax.tasks import ExampleRows, Problems
 from gptjax.tuning import abstract_all, merged
 from gptjax.watchdog import Watchdog
 
@@ -646,8 +646,10 @@ class _Run:
             return {}
         params = merged(params, self.config)
         self.log.say(f"writing    what it says of {len(examples):,} examples of task.{name}")
-        begin = self.stop.begin
-        said = say_at_end(params, self.config, task, examples, self.tokenizer, begin)
+        problems, begin = Problems("skip", f"task.{name}"), self.stop.begin
+        said = say_at_end(params, self.config, task, examples, self.tokenizer, problems, begin)
+        for line in problems.lines():
+            self.log.say(f"           task.{name}: {line.strip()}")
         pairs = [pair for pair in zip(examples, said, strict=True) if pair[1] is not None]
         if not pairs:
             return {}

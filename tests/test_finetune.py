@@ -5,6 +5,7 @@ import io
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -358,7 +359,13 @@ def test_every_kind_of_task_is_learnt(kind, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nhow are you\n"))
         capsys.readouterr()
         run("chat", tmp_path / "run", "--max-tokens", 5, "--temperature", 0, "--system", "be")
-        assert len(capsys.readouterr().out.splitlines()) >= 2
+        talked = capsys.readouterr().out
+        scene = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+        (tmp_path / "given.jsonl").write_text(json.dumps({"messages": scene}) + "\n")
+        how = ["--out", tmp_path / "one.jsonl", "--max-tokens", 5]
+        run("predict", tmp_path / "run", tmp_path / "given.jsonl", *how)
+        (reply,) = map(json.loads, (tmp_path / "one.jsonl").open())
+        assert reply["text"] and talked.strip().startswith(reply["text"])
 
 
 def test_a_choice_that_no_row_holds_is_left_out_of_the_figures(tmp_path):
@@ -438,6 +445,15 @@ def test_a_reply_ends_where_its_turn_does(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run("chat", tmp_path / "run", "--temperature", 0)
     assert capsys.readouterr().out.splitlines()[0] == "ho"
+    # What the context does not hold is told; a reply may be longer than what is left of it.
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nhi\nhi\n" + "hi " * 20 + "\n"))
+    run("chat", tmp_path / "run", "--temperature", 0, "--max-tokens", 100, "--system", "be")
+    told = capsys.readouterr().err
+    assert "(1 messages are no longer seen" not in told.splitlines()[0]
+    assert "messages are no longer seen: the context is 48 tokens" in told
+    assert "the beginning is not seen: " in told
+    with pytest.raises(ConfigError, match="--system: not UTF-8 at byte 2"):
+        run("chat", tmp_path / "run", "--system", "be\udcff")
     spaced = make_task(TaskConfig(kind="dialogue", turn="{role}: {content}\n"))
     assert (spaced.stops, spaced.reply("ho\n"), spaced.reply("ho")) == ((), "ho", "ho")
 
@@ -558,6 +574,13 @@ def test_predict_reads_a_file_as_it_is_told(tuned, tmp_path):
     before = out.read_bytes()
     with pytest.raises(ConfigError, match="its line 1 does not say of"):
         run("predict", tuned / "run", tuned / "valid.tsv", "--out", out)
+    # A file of something else stays, also one whose last line has no end.
+    mine = tmp_path / "mine.json"
+    for text in ('{"mine": 1}', out.open().readline() + '{"where": "else'):
+        mine.write_text(text)
+        with pytest.raises(ConfigError, match="does not say of"):
+            run("predict", tuned / "run", given, "--out", mine, "--task.text-column", "said")
+        assert mine.read_text() == text
     told = ["predict", tuned / "run", given, "--out", out, "--task.text-column", "said"]
     with pytest.raises(ConfigError, match="or was made by another run, step or option"):
         run(*told, "--step", 12)
@@ -583,9 +606,17 @@ def test_one_process_at_a_time_writes_a_file_of_predictions(tuned, tmp_path):
 def test_a_language_model_is_asked_in_words(base, tuned, capsys):
     asked = ["--task.kind", "classify", "--task.valid", tuned / "valid.tsv", "--limit", 6]
     asked += ["--task.train", tuned / "train.tsv"]
-    for options in ([], ["--shots", 1, "--task.score", "unconditional"]):
-        run("evaluate", base, *asked, *options)
-        assert "accuracy " in capsys.readouterr().out
+    scored = {}
+    for options in ("", "--shots 1", "--task.score unconditional"):
+        how = ["--task.template", "{text}:", "--out", tuned / "scored.jsonl", *options.split()]
+        run("evaluate", base, *asked, *how)
+        said = capsys.readouterr().out
+        assert "accuracy " in said and ("after 1 examples" in said) == ("shots" in options)
+        lines = map(json.loads, (tuned / "scored.jsonl").open())
+        scored[options] = [one["probabilities"]["warm"] for one in lines]
+    plain, shown, conditional = scored.values()
+    assert plain != pytest.approx(shown) and plain != pytest.approx(conditional)
+    assert min(conditional) < max(conditional)
     with pytest.raises(ConfigError, match="is of no task"):
         run("evaluate", base)
     run("evaluate", base, *asked, "--task.several")  # of several labels they are written
@@ -603,13 +634,33 @@ def test_a_language_model_is_asked_in_words(base, tuned, capsys):
     pairs += ["label", "--task.valid", tuned / "valid.tsv", "--task.train", tuned / "train.tsv"]
     how = ["--limit", 3, "--max-tokens", 6, "--shots", 1, "--beams", 2]
     run("evaluate", base, *pairs, *how, "--out", tuned / "beams.jsonl")
-    assert not any("\n\n" in json.loads(line)["text"] for line in (tuned / "beams.jsonl").open())
     said = ["predict", base, tuned / "valid.tsv", "--out", tuned / "asked.jsonl"]
     with pytest.raises(ConfigError, match="the labels are not known"):
         run(*said, "--task.kind", "classify")
     run(*said, "--task.kind", "classify", "--task.labels", "cold", "warm")
     said = [json.loads(line)["label"] for line in (tuned / "asked.jsonl").open()]
     assert len(said) == 64 and {*said} <= {"cold", "warm"}
+
+
+def test_a_text_after_shots_ends_where_the_next_would_begin(monkeypatch):
+    """With beams, which know of no strings that end a text."""
+    model, how = Model({}, MODEL, ByteTokenizer()), Asking(shots=1, max_tokens=9, beams=2)
+    asker = _Asker(model, make_task(TaskConfig(kind="pairs")), (), how, Problems("error", "x"))
+    written = SimpleNamespace(text="one\n\ntwo", reason="length")
+    monkeypatch.setattr(_Asker, "completed", lambda *_: [written])
+    assert asker.texts({0: np.arange(3)}) == {0: ("one", True)}
+    asker = asker._replace(how=how._replace(shots=0))
+    assert asker.texts({0: np.arange(3)}) == {0: ("one\n\ntwo", False)}
+
+
+def test_a_split_that_was_trained_on_is_evaluated_whole(tmp_path):
+    """Without what training passes over, and each example once."""
+    data = DataConfig(skip=((1, 1),))
+    fit(classes(tmp_path, steps=2, eval_every=None, data=data), tmp_path / "run")
+    out = tmp_path / "out.jsonl"
+    run("evaluate", tmp_path / "run", "--split", "train", "--batch-size", 2, "--out", out)
+    where = [json.loads(line)["where"].rpartition(":")[2] for line in out.open()]
+    assert where == [*map(str, range(2, 66))]
 
 
 def test_what_the_context_does_not_hold_is_not_asked_about(base, tmp_path, capsys):

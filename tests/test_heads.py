@@ -105,6 +105,19 @@ def test_a_loss_of_spans_is_the_mean_of_both_ends_over_the_segment():
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_loss_of_spans_takes_memory_linear_in_the_positions():
+    def temporary(T):
+        model = replace(HEADS["span"], context_size=T)
+
+        def loss(logits_BTC, rows_BT):
+            return label_losses(logits_BTC, Batch(*[rows_BT] * 5), model).sum()
+
+        shapes = jax.ShapeDtypeStruct((1, T, 2), "float32"), jax.ShapeDtypeStruct((1, T), "int32")
+        return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 6 * temporary(1024)
+
+
 def test_pooled_logits_are_the_mean_over_the_segment_until_there():
     model = HEADS["mean"]
     params = fresh(model, jax.random.key(0))

@@ -301,7 +301,27 @@ def test_rare_tags_may_weigh_more():
     task = task.fitted([example])
     assert task.labels == ("O", "B-X", "I-X")
     (one,) = encode(task, example)
-    np.testing.assert_allclose(one.weights[one.units[:, 0]], [4 / 9] * 3 + [4 / 3], rtol=1e-6)
+    np.testing.assert_allclose(one.weights[one.units[:, 0]], [2 / 3] * 3 + [2], rtol=1e-6)
+    assert task.weights == pytest.approx((2 / 3, 2, 1))  # I-X is nowhere
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_windows_say_together_what_they_say_of_the_opposite(several):
+    task = make_task(TaskConfig(kind="classify", labels=("no", "yes"), several=several))
+    example = Classified("x:1", "a" * 50, None, ("yes",))
+    encoded = encode(task, example, size=40)
+    assert len(encoded) == 2
+    shares = np.array([0.9, 0.2])
+    odds = np.log(shares / (1 - shares))
+    sides = {}
+    for sign in (1, -1):
+        logits = np.stack([0 * odds, sign * odds], axis=1)
+        outputs = [
+            np.repeat(row[None], len(one.tokens), axis=0)
+            for row, one in zip(logits, encoded, strict=True)
+        ]
+        sides[sign] = task.decode(example, encoded, outputs)["probabilities"]["yes"]
+    assert sides[1] == pytest.approx(0.6) and sides[1] + sides[-1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", ["classify", "entities", "questions"])
@@ -461,7 +481,7 @@ def test_the_loss_is_on_the_assistant_only(tokenizer):
     assert learnt(one, tokenizer) == "Yes:\n it is.|No.|"
     ids = [*one.tokens.tolist(), one.targets[-1]]
     # What the assistant is asked with is how its turn begins.
-    asked = task.prompt_ids(TALK.messages[:2], tokenizer).tolist()
+    asked = task.fitting_ids(TALK.messages[:2], tokenizer, 1000)[0].tolist()
     assert ids[: len(asked)] == asked
     assert one.weights[len(asked) - 1] == 1 and one.weights[len(asked) - 2] == 0
 
@@ -476,6 +496,18 @@ def test_a_long_dialogue_has_every_reply_once(overlap):
     # As much is shown again as there is room for, and no more than half of the row.
     again = "assistant:\nYes:\n it is." in BYTES.decode(encoded[-1].tokens)
     assert again == (overlap > 1)
+
+
+def test_a_reply_is_learnt_after_its_question_if_both_fit():
+    """Also where the question is more than half of them."""
+    said = [Message("user", "q" * 40), Message("assistant", "a" * 9)] * 5
+    task = make_task(TaskConfig(kind="dialogue"))
+    encoded = encode(task, Dialogue("x:1", tuple(said)), BYTES, 80)
+    learning = [one for one in encoded if one.weights.any()]
+    assert len(learning) == 5
+    for one in learning:
+        text = BYTES.decode(one.tokens)
+        assert text.index("q" * 40) < text.index("a" * 9)
 
 
 # --- prompts -----------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptjax.cli.runs import load_model
-from gptjax.config import ConfigError, Count, NotNegative, Probability, Whole
+from gptjax.cli.runs import load_model, unwritten
+from gptjax.config import ConfigError, Count, NotNegative, Probability, Whole, refuse
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,14 @@ class Chat:
 
 
 def chat(run_dir: str, given: Chat) -> None:
-    """Print a reply to each line of standard input, as it comes."""
+    """Print a reply to each line of standard input, as it comes; on standard error, what of the
+    dialogue the model does not see.
+    """
     import jax
 
     from gptjax.decoding import stream_text
     from gptjax.prefill import prepare
+    from gptjax.prompting import most_shown
     from gptjax.rundir import read_run
     from gptjax.sampling import Sampling
     from gptjax.tasks import make_task
@@ -40,20 +43,27 @@ def chat(run_dir: str, given: Chat) -> None:
             f"{run_dir} has not learnt dialogue, its task.kind is {config.task.kind!r}: give a run "
             "of experiments/finetune.py:chat, or use gptjax generate"
         )
+    refuse([*unwritten("--system", given.system)])
     params, model, tokenizer = load_model(run_dir, given.step)
     task, params = make_task(config.task), prepare(params, model)
     sampling = Sampling(
-        max_tokens=min(given.max_tokens, model.context_size // 2),
+        max_tokens=given.max_tokens,
         temperature=given.temperature,
         top_k=given.top_k,
         top_p=given.top_p,
         stop=task.stops,
     )
     messages = [Message("system", given.system)] if given.system else []
+    size, before = model.context_size, 0
     for number, line in enumerate(_lines()):
         messages.append(Message("user", line))
-        most = model.context_size - sampling.max_tokens
-        ids, _ = task.fitting_ids(messages, tokenizer, most)
+        most = most_shown(size, given.max_tokens)
+        ids, dropped = task.fitting_ids(messages, tokenizer, most)
+        if dropped > before:
+            _note(f"{dropped:,} messages are no longer seen: the context is {size:,} tokens")
+        if len(ids) > size:
+            _note(f"the beginning is not seen: {len(ids):,} tokens, but the context is {size:,}")
+        before = dropped
         key, reply = jax.random.fold_in(jax.random.key(given.seed), number), ""
         for text in stream_text(
             params, ids.tolist(), model, sampling, key, end=tokenizer.end, tokenizer=tokenizer
@@ -62,6 +72,10 @@ def chat(run_dir: str, given: Chat) -> None:
             reply += text
         print(flush=True)
         messages.append(Message("assistant", task.reply(reply)))
+
+
+def _note(text: str) -> None:
+    print(f"({text})", file=sys.stderr, flush=True)
 
 
 def _lines() -> Iterator[str]:

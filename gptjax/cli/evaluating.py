@@ -120,7 +120,8 @@ def predict_file(
     how = Asking(0, seed, batch_size, max_tokens, beams, temperature)
     with _alone(Path(out)):
         said = _Speaker(run_dir, config, task, step, how, ())
-        before = done = _pass_over(examples, Path(out), path, said.settings)
+        before, examples = _pass_over(examples, Path(out), path, said.settings)
+        done = before
         while chunk := list(itertools.islice(examples, CHUNK)):
             predictions = said.of(chunk, problems, done)
             problems.refuse()
@@ -221,7 +222,13 @@ class _Speaker:
             return answers.predictions
         refuse_idle(self.task, examples, self.how, by_head=True)
         split = make_split(
-            self.config, self.task, examples, self.model.tokenizer, problems, labelled=False
+            self.config,
+            self.task,
+            examples,
+            self.model.tokenizer,
+            problems,
+            to_learn=False,
+            labelled=False,
         )
         params = self.model.params
         return predict(params, self.task, split, self.label_step, self.mesh).predictions
@@ -271,9 +278,11 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _pass_over(examples: "Iterator[Any]", out: Path, path: str, settings: bytes) -> int:
-    """Pass over the examples that a file has whole lines of, and count them; what was being written
-    when a process was killed goes.
+def _pass_over(
+    examples: "Iterator[Any]", out: Path, path: str, settings: bytes
+) -> "tuple[int, Iterator[Any]]":
+    """How many examples a file has whole lines of, and those that follow; a line that was being
+    written when a process was killed goes.
 
     Raises:
       ConfigError: if the lines are of other examples, or were made in another way; nothing is
@@ -282,18 +291,20 @@ def _pass_over(examples: "Iterator[Any]", out: Path, path: str, settings: bytes)
     done = size = 0
     with out.open("rb+") as file:
         for line in file:
-            if not line.endswith(b"\n"):
-                break
             example = next(examples, None)
             begins = example and _line(example, {"key": _key(example, settings)})[:-2].encode()
-            if begins is None or not line.startswith(begins):
+            whole = line.endswith(b"\n")
+            if begins is None or not line.startswith(begins if whole else begins[: len(line)]):
                 raise ConfigError(
                     f"--out {out}: its line {done + 1:,} does not say of {path} what comes there, "
                     "or was made by another run, step or option: give another --out, or delete it"
                 )
+            if not whole:
+                examples = itertools.chain([example], examples)
+                break
             done, size = done + 1, size + len(line)
         file.truncate(size)
-    return done
+    return done, examples
 
 
 def _line(example: Any, said: "Prediction") -> str:

@@ -1,7 +1,6 @@
 """The verbs that write text: `gptjax generate | predict`."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptjax.cli.evaluating import predict_file, read_task
-from gptjax.cli.runs import load_model, token_text
+from gptjax.cli.runs import load_model, token_text, unwritten
 from gptjax.config import (
     ConfigError,
     Count,
@@ -101,7 +100,7 @@ def generate(run_dir: str, given: Generate) -> None:
     problems = list(violations(sampling, model.vocab_size, model.context_size))
     if given.prompt and given.prompt_file:
         problems.append("--prompt and --prompt-file: give one of them")
-    problems += _unwritten("--prompt", given.prompt)
+    problems += unwritten("--prompt", given.prompt)
     refuse(problems)
     prompts = [given.prompt] if given.prompt_file is None else list(_lines(given.prompt_file))
     params, model, tokenizer = load_model(run_dir, given.step)
@@ -140,14 +139,6 @@ def _lines(path: str) -> Iterator[str]:
     if not any(found):
         raise ConfigError(f"--prompt-file {path}: holds no prompt; give one in each line")
     return filter(None, found)
-
-
-def _unwritten(name: str, text: str) -> Iterator[str]:
-    """What is wrong with a text of the command line, if that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        yield f"{name}: not UTF-8 at byte {len(os.fsencode(text[: error.start]))}: give text"
 
 
 def _as_it_comes(prompt: str, given: Generate, sampling: "Sampling", params, model, tokenizer):
@@ -236,7 +227,7 @@ def predict(run_dir: str, given: Predict) -> None:
             seed=given.seed,
         )
         return
-    refuse([*_unwritten("TEXT", given.text)])
+    refuse([*unwritten("TEXT", given.text)])
     if given.task != read_task(run_dir):
         raise ConfigError("--task.*: it says how a file is read: give --out FILE for what is said")
     import numpy as np

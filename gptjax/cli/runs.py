@@ -187,3 +187,11 @@ def load_model(run_dir: str, step: int | None) -> tuple["Params", "GPTConfig", "
     model, _ = resolve(config.model, devices[0].platform)
     mesh = make_mesh(MeshConfig(), devices)
     return load_params(Path(run_dir), model, mesh, step), model, tokenizer
+
+
+def unwritten(name: str, text: str) -> Iterator[str]:
+    """What is wrong with a text of the command line, if that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        yield f"{name}: not UTF-8 at byte {len(os.fsencode(text[: error.start]))}: give text"

@@ -242,12 +242,14 @@ class Classification:
     def decode(
         self, example: Classified, windows: Sequence[Encoded], outputs: Sequence[np.ndarray]
     ) -> Prediction:
-        """Logarithms of probabilities are averaged over the windows."""
+        """Logarithms of probabilities are averaged over the windows, and their sum made 1 again; of
+        several labels those of there and not there, which is to average the logits.
+        """
         logits = np.stack(
             [out[one.units[0, 0]] for one, out in zip(windows, outputs, strict=True)]
         ).astype(np.float64)
         if self.several:
-            return self._said(np.exp(-np.logaddexp(0, -logits).mean(axis=0)))
+            return self._said(np.exp(-np.logaddexp(0, -logits.mean(axis=0))))
         return self.from_scores(example, log_softmax(logits).mean(axis=0))
 
     def _said(self, probabilities: np.ndarray) -> Prediction:

@@ -147,25 +147,23 @@ class Dialogues:
         opening = tokenizer.encode(before.replace("{role}", message.role))
         return opening, joined([said, np.int32([tokenizer.end])])
 
-    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer) -> np.ndarray:
-        """The ids after which the assistant replies to messages."""
-        turns = [joined(self.turn_ids(one, tokenizer)) for one in messages]
-        opening, _ = self.turn_ids(Message("assistant", ""), tokenizer)
-        return joined([np.int32([tokenizer.begin]), *turns, opening])
-
     def fitting_ids(
         self, messages: Sequence[Message], tokenizer: Tokenizer, most: int
     ) -> tuple[np.ndarray, int]:
         """The ids after which the assistant replies, without as many of the first messages as do
         not fit, and how many these are; those of the system stay, and so does the last.
         """
-        kept = list(messages)
-        while True:
-            ids = self.prompt_ids(kept, tokenizer)
-            first = next((i for i, one in enumerate(kept[:-1]) if one.role != "system"), None)
-            if len(ids) <= most or first is None:
-                return ids, len(messages) - len(kept)
-            del kept[first]
+        turns = [joined(self.turn_ids(one, tokenizer)) for one in messages]
+        opening, _ = self.turn_ids(Message("assistant", ""), tokenizer)
+        length, dropped = 1 + sum(map(len, turns)) + len(opening), set()
+        for number, one in enumerate(messages[:-1]):
+            if length <= most:
+                break
+            if one.role != "system":
+                length -= len(turns[number])
+                dropped.add(number)
+        kept = [turn for number, turn in enumerate(turns) if number not in dropped]
+        return joined([np.int32([tokenizer.begin]), *kept, opening]), len(dropped)
 
     def encode(
         self, example: Dialogue, tokenizer: Tokenizer, size: int, problems: Problems

@@ -231,7 +231,8 @@ class Entities:
             length += self.config.delimit
             tell_too_long(self.config, example.where, length, size, problems)
             return []
-        return [self._window(example, units, separator, one, tokenizer) for one in found]
+        numbers = example.tags and head_tags(self.labels).numbers(example.tags)
+        return [self._window(numbers, units, separator, one, tokenizer) for one in found]
 
     def _units(self, words: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
         rest = [self._between(*pair) + pair[1] for pair in pairwise(words)]
@@ -245,7 +246,7 @@ class Entities:
 
     def _window(
         self,
-        example: Tagged,
+        numbers: list[int] | None,
         units: list[np.ndarray],
         separator: np.ndarray,
         window: tuple[int, int, int],
@@ -261,8 +262,7 @@ class Entities:
         places, words = last[counted - start :], np.arange(counted, stop)
         targets = np.zeros(len(tokens), np.int32)
         weights = np.zeros(len(tokens), np.float32)
-        if example.tags is not None:
-            numbers = head_tags(self.labels).numbers(example.tags)
+        if numbers is not None:
             targets[places] = [numbers[word] for word in words]
             weights[places] = np.float32(self.weights)[targets[places]] if self.weights else 1.0
         units_of = np.stack([places, words, np.zeros_like(words)], axis=1).astype(np.int32)

@@ -1,5 +1,6 @@
 """Prompts: templates, examples that come before, and what makes a choice the likeliest."""
 
+import bisect
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -54,16 +55,18 @@ def with_shots(
     shots: Sequence[tuple[str, str]], prompt: str, fits: Callable[[str], bool] = lambda text: True
 ) -> tuple[str, int]:
     """A prompt with examples before it, and how many there are: as many as fit, the last ones.
+    Where some do not fit, more do not.
 
     Args:
       shots: prompts and targets.
       fits: whether a prompt is short enough. That without examples is not asked about.
     """
-    for first in range(len(shots)):
-        text = BETWEEN.join([*(shown + said for shown, said in shots[first:]), prompt])
-        if fits(text):
-            return text, len(shots) - first
-    return prompt, 0
+
+    def text(first: int) -> str:
+        return BETWEEN.join([*(shown + said for shown, said in shots[first:]), prompt])
+
+    first = bisect.bisect_left(range(len(shots)), True, key=lambda first: fits(text(first)))
+    return text(first), len(shots) - first
 
 
 def choice_scores(

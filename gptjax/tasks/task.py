@@ -109,8 +109,8 @@ class Task(Protocol):
     def measure(
         self, examples: Sequence[Any], predictions: Sequence[Prediction]
     ) -> tuple[str, np.ndarray | None]:
-        """The name of the one figure that the best step is chosen by, larger being better, and
-        what each example adds to it, [examples, m], for intervals; None if it is no sum.
+        """The name of the figure that an interval is given of, and what each example adds to it,
+        [examples, m]; None if it is no sum. `best.best_by` has that of the best step.
         """
 
 
@@ -130,14 +130,15 @@ def next_tokens(
 
 
 def balanced(counts: Counter[int], num_labels: int) -> tuple[float, ...]:
-    """Weights of labels whose mean over the examples is 1, as scikit-learn has them; those of
-    labels that were never seen are of no account.
+    """Weights of labels whose mean over the examples is 1, as scikit-learn has them of the labels
+    that are there; one that is not weighs 1.
 
-    >>> balanced(Counter({0: 3, 1: 1}), 2)
-    (0.6666666666666666, 2.0)
+    >>> balanced(Counter({0: 3, 1: 1}), 3)
+    (0.6666666666666666, 2.0, 1.0)
     """
-    seen = [counts[number] or 1 for number in range(num_labels)]
-    return tuple(sum(counts.values()) / num_labels / count for count in seen)
+    share = counts.total() / max(len(+counts), 1)
+    of_each = [counts[number] for number in range(num_labels)]
+    return tuple(share / count if count else 1.0 for count in of_each)
 
 
 def delimiters(config: TaskConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -198,8 +199,8 @@ def windows(sizes: np.ndarray, room: int, overlap: int) -> list[Window] | None:
     Args:
       sizes: tokens of each unit, int [n].
       room: tokens of a window.
-      overlap: units that a window shows again from the one before; fewer where they would take more
-        than half of its room.
+      overlap: units that a window shows again from the one before; fewer where several would take
+        more than half of its room, or what comes next would not fit.
     Returns:
       None if a unit alone does not fit.
 
@@ -215,8 +216,9 @@ def windows(sizes: np.ndarray, room: int, overlap: int) -> list[Window] | None:
         found.append(Window(start, counted, stop))
         if stop >= len(sizes):
             return found
-        # The next unit must fit, and what is shown again must not crowd out what is new.
-        least = max(ends[stop + 1] - room, ends[stop] - room // 2)
+        # The next unit must fit, and what is shown again must not crowd out what is new; but one
+        # unit, such as the question that a reply is to, may be as long as it is.
+        least = max(ends[stop + 1] - room, min(ends[stop] - room // 2, ends[stop - 1]))
         start = max(int(np.searchsorted(ends, least)), stop - overlap, start)
         counted = stop
 
