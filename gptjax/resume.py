@@ -239,6 +239,7 @@ EXAMPLES = {
     "second_column",
     "label_column",
     "label_columns",
+    "first_label",
     "label_separator",
     "scheme",
     "source_column",
@@ -247,6 +248,7 @@ EXAMPLES = {
     "role_key",
     "content_key",
     "choice_columns",
+    "first_choice",
 }
 NEEDS = {
     "free": "may change",

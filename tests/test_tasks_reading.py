@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,65 @@ def test_a_number_for_each_label(tmp_path):
     assert [one.labels for one in examples] == [("pos",), ("neg",), ("pos",)]
 
 
+def test_numbers_of_labels_begin_where_it_is_said(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("3,wall\n1,war\n2,goal\n")
+    fields = {"kind": "classify", "text_column": "2", "label_column": "1"}
+    config = TaskConfig(**fields, labels=("world", "sport", "money"))
+    with pytest.raises(DataError, match=r"no label '3'.*Give --task\.first-label 1 if numbers"):
+        read(config, path, policy="error")
+    config = TaskConfig(**fields, labels=("world", "sport", "money"), first_label=1)
+    examples, _, _ = read(config, path, policy="error")
+    assert [one.labels[0] for one in examples] == ["money", "world", "sport"]
+    # Where labels are numbers themselves, another number is none of them, nor a place.
+    config = TaskConfig(**fields, labels=("3", "2"))
+    examples, problems, _ = read(config, path)
+    assert [one.labels[0] for one in examples] == ["3", "2"]
+    assert counts(problems) == {"unknown label, left out": 1}
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"words": ["Ann", "met"], "tags": [2, 1]}\n')
+    config = TaskConfig(kind="entities", labels=("O", "B-PER"), first_label=1)
+    assert read(config, path, policy="error")[0][0].tags == ("B-PER", "O")
+
+
+def test_what_may_be_a_score_is_told(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("text\tlabel\na\t5.000\nb\t3.80\n")
+    examples, problems, _ = read(TaskConfig(kind="classify"), path, policy="error")
+    assert len(examples) == 2 and named(problems) == ["x.tsv:3"]
+    assert "scores are not learnt" in problems.lines()[1]
+
+
+def test_tables_without_a_header_have_as_many_columns_in_each_line(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text("ham\tso\nspam\tbuy\tnow\nham\twell\n")
+    config = TaskConfig(kind="classify", text_column="2", label_column="1")
+    examples, problems, _ = read(config, path)
+    assert [one.text for one in examples] == ["so", "well"] and named(problems) == ["x.tsv:2"]
+    assert "3 columns, but the first line has 2" in problems.lines()[1]
+
+
+def test_a_header_in_quotes_says_how_a_table_is_to_be_read(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text('"text"\t"label"\n"a ""b"""\t"1"\n')
+    with pytest.raises(DataError, match=r"give --task\.delimiter \$'\\t', with which cells"):
+        read(TaskConfig(kind="classify"), path)
+    examples, _, _ = read(TaskConfig(kind="classify", delimiter="\t"), path)
+    assert (examples[0].text, examples[0].labels) == ('a "b"', ("1",))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [("utf-16", "UTF-16"), ("gb18030", "GB18030"), ("latin-1", "CP1252")],
+)
+def test_an_encoding_is_named_that_a_file_may_be_in(encoding, said, tmp_path):
+    text = "caf\xe9" if encoding == "latin-1" else "北京大学"
+    path = tmp_path / "x.tsv"
+    path.write_bytes(f"{text}\tlabel\n".encode(encoding))
+    _, problems, _ = read(TaskConfig(kind="classify"), path)
+    assert f"`iconv -f {said} -t UTF-8`" in "\n".join(problems.lines())
+
+
 def test_what_may_be_no_label_is_told(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_text("text\tlabel\na\tyes\nb\t-\nc\tno\n")
@@ -408,7 +468,10 @@ def test_folders_of_texts(tmp_path):
         assert [(one.text, one.labels) for one in examples] == rows, given
         assert counts(problems) == {"no label, left out": 1, "not UTF-8, left out": 1}
         assert named(problems) == ["3.txt", "urls.txt"] and task.labels == ("more", "neg", "pos")
-    # Folders that are labels themselves, and globs, are read so if told.
+    # Several folders are labels themselves; globs are read so if told.
+    auto = TaskConfig(kind="classify")
+    examples, _, _ = read(auto, tmp_path / "train" / "neg", tmp_path / "train" / "pos" / "more")
+    assert [(one.text, one.labels) for one in examples] == [rows[0], rows[2]]
     for files in (["train/neg", "train/pos/1.txt"], ["train/*/1.txt"]):
         examples, problems, _ = read(config, *(tmp_path / file for file in files), policy="error")
         assert [(one.text, one.labels) for one in examples] == rows[:2] and not problems.counts
@@ -454,6 +517,18 @@ def test_schemes_mean_the_same(tmp_path, scheme):
     assert task.labels == ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 
 
+def test_numbers_and_languages_of_words_are_told(tmp_path):
+    path = tmp_path / "x.tsv"
+    for first in (0, 1):
+        path.write_text("".join(f"{i}\t{word}\tO\n" for i, word in enumerate("ab", first)))
+        with pytest.raises(DataError, match="the first column numbers the words"):
+            read(TaskConfig(kind="entities"), path, policy="error")
+    path.write_text("en:Ann\tB-PER\nen:met\tO\n\nen:a\tO\n(\tO\n")
+    examples, problems, _ = read(TaskConfig(kind="entities"), path, policy="error")
+    assert len(examples) == 2 and counts(problems) == {"perhaps a language before words, kept": 1}
+    assert "`sed 's/^en://'` takes it off" in "\n".join(problems.lines())
+
+
 def test_columns_comments_and_markers(tmp_path):
     tabs, spaces = tmp_path / "tabs.conll", tmp_path / "spaces.txt"
     tabs.write_text("# id = 1\n#\tO\n#tag\tO\n\t\nRome\tB-LOC\n\n\n")
@@ -487,9 +562,13 @@ def test_what_begins_with_a_hash_is_a_comment_or_a_word(tmp_path):
         ("#\thttp://x [2009]\n1\tAnn\tO\tO\n", [("1",)]),
         ("#London B-LOC\nrocks O\n", [("#London", "rocks")]),
         ("# O\n# O\n", [("#", "#")]),
+        ("## id 1\t<Ann:PER> met\nAnn\tB-PER\n", [("Ann",)]),
     ]:
         path.write_text(text)
         assert [one.words for one in read(config, path, policy="error")[0]] == words, text
+    path.write_text(text.replace("B-PER", "PER"))
+    examples, _, _ = read(replace(config, scheme="io"), path, policy="error")
+    assert [one.words for one in examples] == [("Ann",)]
 
 
 def test_a_line_with_other_columns_spoils_its_sentence(tmp_path):
@@ -670,6 +749,34 @@ def test_questions_in_lines(tmp_path):
     path.write_text(json.dumps({"context": "Rome.", "question": "?", "answers": answers}))
     (example,), _, _ = read(TaskConfig(kind="questions"), path, policy="error")
     assert example.spans == ((0, 4),) and example.id.endswith("q.jsonl:1")
+    path.write_text('{"context": "Rome."}\n')
+    with pytest.raises(DataError, match="there is no 'question' but 'context'"):
+        read(TaskConfig(kind="questions"), path, policy="error")
+
+
+def test_questions_of_mrqa(tmp_path):
+    found = [{"text": "Rome", "char_spans": [[3, 6], [0, 3]]}]
+    asked = [{"qid": "a", "question": "?", "answers": ["rome"], "detected_answers": found}] * 2
+    lines = [{"header": {"dataset": "x"}}, {"context": "In Rome.", "qas": asked}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    examples, problems, _ = read(TaskConfig(kind="questions"), path, policy="error")
+    assert [(one.id, one.spans, one.answers) for one in examples] == [
+        ("a", ((3, 7),), ("Rome",))
+    ] * 2
+    assert problems.read == 2
+
+
+def test_questions_of_a_key_and_of_files_of_both_kinds(tmp_path):
+    answers = [{"text": "Rome", "answer_start": 0}]
+    question = {"context": "Rome.", "question": "?", "answers": answers}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [question], "more": [question] * 2}))
+    (tmp_path / "b.jsonl").write_text(json.dumps(question) + "\n")
+    for given, count in ((tmp_path, 2), (f"{tmp_path}/a.json@more", 2)):
+        examples, _, _ = read(TaskConfig(kind="questions"), given, policy="error")
+        assert len(examples) == count
+    with pytest.raises(DataError, match=r"without a list 'less'.*give FILE@KEY"):
+        read(TaskConfig(kind="questions"), f"{tmp_path}/a.json@less")
 
 
 # --- pairs, dialogue, choices ------------------------------------------------------------------
@@ -745,6 +852,22 @@ def test_parallel_files(tmp_path):
         read(config, one)
     asked = [*make_task(config).read([str(one)], Problems("skip", "x"), labelled=False)]
     assert [(pair.source, pair.target) for pair in asked] == [("Yes.", None), ("No.", None)]
+
+
+def test_parallel_files_that_do_not_belong_together(tmp_path):
+    config = TaskConfig(kind="pairs", file_format="parallel")
+    for ending in ("cs", "de", "en", "fr"):
+        (tmp_path / f"x.{ending}").write_text("a\n")
+    with pytest.raises(DataError, match=r"x\.en would belong to .*x\.fr, but .*x\.cs to .*x\.de"):
+        read(config, tmp_path)
+    examples, _, _ = read(config, *[tmp_path / f"x.{ending}" for ending in ("de", "en")] * 2)
+    assert len(examples) == 2
+    for ending in ("sgm", "de"):
+        (tmp_path / f"y.{ending}").write_text('<doc id="1">\n')
+    with pytest.raises(DataError, match=r"y\.sgm: markup, whose lines are not sentences"):
+        read(config, tmp_path / "y.sgm", tmp_path / "y.de")
+    examples, problems, _ = read(config, tmp_path / "y.de", tmp_path / "x.en", policy="error")
+    assert len(examples) == 1 and named(problems) == ["y.de:1"]
 
 
 def test_roles_of_messages(tmp_path):

@@ -222,9 +222,10 @@ class TaskConfig:
     label_column: str | None = None
     # classify, with `several`: a column for each label, which says 0 or 1, or false or true
     label_columns: tuple[str, ...] = ()
-    # all there are, in their order; a number that is none of them is its place among them, from 0.
+    # all there are, in their order; where none of them is a number, a number is a place among them.
     # (): those of the training files
     labels: tuple[str, ...] = ()
+    first_label: Whole = 0  # of classes and entities: the number of the first of `labels`
     # classify: a record has any number of labels; a list of as many 0 and 1 as there are labels
     # says of each whether it has that
     several: bool = False

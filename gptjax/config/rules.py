@@ -79,6 +79,7 @@ KINDS_OF = {
     "second_column": ("classify",),
     "label_column": ("classify", "entities", "choices"),
     "label_columns": ("classify",),
+    "first_label": ("classify", "entities"),
     "several": ("classify",),
     "label_separator": ("classify",),
     "class_weights": ("classify", "entities"),

@@ -40,7 +40,7 @@ from gptjax.tasks.task import (
 from gptjax.tokenizer import Tokenizer
 
 # What sets write where an example has no label.
-NONE_OFTEN = {"-", "-1", "?", "n/a", "na", "nan", "none", "null", "unlabeled"}
+NONE_OFTEN = {"-", "-1", "?", "n/a", "na", "nan", "none", "null", "unlabeled", "unsup"}
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,24 @@ class Classification:
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Classified]:
         make = functools.partial(self._example, labelled=labelled)
-        examples = self._noting_none(read_examples(self.config, paths, problems, make), problems)
-        if not labelled or self.config.header != "auto" or not by_number(self.config):
+        examples = self._noting(read_examples(self.config, paths, problems, make), problems)
+        known = self.labels or not labelled  # a name of a column is none of the labels
+        if known or self.config.header != "auto" or not by_number(self.config):
             return examples
         return self._without_a_header(examples, problems)
 
-    def _noting_none(
-        self, examples: Iterable[Classified], problems: Problems
-    ) -> Iterator[Classified]:
-        """The same examples. A label that often means that there is none is told, for it is kept,
-        unless the labels are given.
+    def _noting(self, examples: Iterable[Classified], problems: Problems) -> Iterator[Classified]:
+        """The same examples. A label that often means that there is none, or that may be a score,
+        is told, for it is kept, unless the labels are given.
         """
         for one in examples:
             for label in () if self.labels or self.config.labels else one.labels or ():
                 if label.lower() in NONE_OFTEN:
                     why = f"{label!r}; if it is no label give all others by --task.labels"
                     problems.note("perhaps no label", one.where, why, "kept")
+                elif re.fullmatch(r"-?\d+\.\d*[1-9]\d*", label):
+                    why = f"{label!r}; each is a class of its own, for scores are not learnt"
+                    problems.note("perhaps a score", one.where, why, "kept")
             yield one
 
     def _without_a_header(
@@ -132,6 +134,8 @@ class Classification:
         for name in names:
             if self.labels and name not in self.labels:
                 hint = did_you_mean(name, self.labels)
+                if name == str(len(self.labels)) and not self.config.first_label:
+                    hint = " Give --task.first-label 1 if numbers of labels begin at 1."
                 raise Flaw("unknown label", f"no label {name!r} was in training.{hint}")
         return names
 
@@ -164,11 +168,12 @@ class Classification:
         return tuple(dict.fromkeys(filter(None, map(self._named, found))))
 
     def _named(self, value: Any) -> str:
-        """A label by its name; a number that is none is its place among `config.labels`."""
+        """A label by its name; a number is a place among `config.labels`, if these have none."""
         name, labels = self._spelled(value), self.config.labels
-        if name in labels or not name.isdecimal() or int(name) >= len(labels):
+        if not name.isdecimal() or any(map(str.isdecimal, labels)):
             return name
-        return labels[int(name)]
+        place = int(name) - self.config.first_label
+        return labels[place] if 0 <= place < len(labels) else name
 
     @property
     def _label_column(self) -> str:

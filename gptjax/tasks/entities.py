@@ -87,6 +87,7 @@ class Entities:
             where = [f"{file}:{number}" for number, _ in record.value]
             words = self._column(record.value, config.text_column or "1")
             _refuse_numbers(words, config, len(record.value[0][1]))
+            _note_language(words, record.where, problems)
             tags = self._tag_column(record.value, labelled)
         if tags is not None and len(tags) != len(words):
             if labelled:
@@ -150,16 +151,21 @@ class Entities:
     def _list(self, value: dict, column: str) -> list:
         found = cell(value, column)
         if not isinstance(found, list):
-            raise Flaw("no words", f"column {column!r} is {kind_of_value(found)}, not a list")
+            raise Flaw(
+                "no words",
+                f"column {column!r} is {kind_of_value(found)}, not a list: give lists of the words "
+                "and tags of each sentence, or a word and its tag in each line by "
+                "--task.file-format conll; places of characters need to be made tags first",
+            )
         return found
 
     def _tag(self, tag: Any) -> str:
         """A tag by its name; a number is its place among `config.labels`."""
         if isinstance(tag, str):
             return tag.strip()
-        labels = self.config.labels
-        if isinstance(tag, int) and not isinstance(tag, bool) and 0 <= tag < len(labels):
-            return labels[tag]
+        labels, first = self.config.labels, self.config.first_label
+        if isinstance(tag, int) and not isinstance(tag, bool) and 0 <= tag - first < len(labels):
+            return labels[tag - first]
         raise Flaw(
             "broken tags",
             f"{json.dumps(tag)} is a tag, and no string; give the names of tags in the order of "
@@ -368,13 +374,23 @@ def _refuse_numbers(words: Sequence[Any], config: TaskConfig, columns: int) -> N
     """Raises:
     Flaw: if the first of several columns numbers the words, and nobody says that it has them.
     """
-    numbers = [str(number) for number in range(1, len(words) + 1)]
-    if config.text_column is None and columns > 2 and len(words) > 1 and [*words] == numbers:
+    numbered = any(
+        [*words] == [str(number) for number in range(first, len(words) + first)] for first in (0, 1)
+    )
+    if config.text_column is None and columns > 2 and len(words) > 1 and numbered:
         raise Flaw(
             "no words",
             "the first column numbers the words: give --task.text-column, as in 2, and "
             "--task.label-column",
         )
+
+
+def _note_language(words: Sequence[str], where: str, problems: Problems) -> None:
+    """Tell of a language before each word, as in en:Rome, which WikiANN's files have."""
+    prefix = re.match(r"[a-z-]{2,12}:", words[0])
+    if prefix and len(words) > 1 and all(word.startswith(prefix[0]) for word in words):
+        why = f"{words[0]!r}; `sed 's/^{prefix[0]}//'` takes it off"
+        problems.note("perhaps a language before words", where, why, "kept")
 
 
 def _fitting(tags: Sequence[str], scheme: Scheme) -> str:

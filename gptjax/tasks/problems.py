@@ -66,7 +66,8 @@ class Problems:
         """
         if self.refused:
             options = " ".join(f"--task.{one}" for one in COLUMNS.get(self.kind, ()))
-            columns = f"name the columns, by {options}; " if options else ""
+            columns = f"name the columns, by {options}, or give their numbers if no line names them"
+            columns = f"{columns}; " if options else ""
             raise DataError(
                 f"{self.split}: {self.refused:,} of {self.read:,} records cannot be used\n"
                 + "\n".join(self.lines())

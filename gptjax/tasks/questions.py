@@ -13,11 +13,10 @@ from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
 from gptjax.tasks.records import (
     Flaw,
-    Record,
     find_files,
     kind_of_value,
     load_whole,
-    read_examples,
+    read_records,
     sound,
 )
 from gptjax.tasks.task import (
@@ -68,33 +67,35 @@ class Questions:
         self, paths: Iterable[str], problems: Problems, *, labelled: bool = True
     ) -> Iterator[Question]:
         """Of JSON as SQuAD has it, `{"data": [{"paragraphs": [{"context", "qas"}]}]}`; or of a
-        list, JSONL and Parquet with `context`, `question` and `answers`, as Hugging Face has it.
+        list, JSONL and Parquet with `context`, `question` and `answers`, as Hugging Face has it, or
+        with `context` and `qas`, as MRQA has it after a line of a `header`.
 
         An answer that is not where its file says is counted; it still counts as right when a
         model's is compared with it, but cannot be learnt, unless it is repaired: moved to the
         nearest place that has it.
         """
-        for path in paths:
-            _, kind, _ = next(find_files(self.config, (path,), problems.split))
+        for source, kind, key in find_files(self.config, paths, problems.split):
             if kind == "json":
-                yield from self._squad(path, problems, labelled)
+                yield from self._squad(source.where, key or "data", problems, labelled)
             else:
-                yield from self._flat(path, problems, labelled)
+                yield from self._flat(source.where, problems, labelled)
 
-    def _squad(self, path: str, problems: Problems, labelled: bool) -> Iterator[Question]:
-        for source, _, _ in find_files(self.config, (path,), problems.split):
-            value = load_whole(source.where, "json")
-            articles = value.get("data") if isinstance(value, dict) else value
-            if not isinstance(articles, list):
-                raise DataError(
-                    f"{source.where}: {kind_of_value(value)} without a list 'data', which SQuAD's "
-                    "JSON has; give --task.file-format jsonl for a question in each line"
-                )
-            for number, article in enumerate(articles, 1):
-                paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
-                for place, paragraph in enumerate(paragraphs or [article], 1):
-                    where = f"{source.where}: article {number}, paragraph {place}"
-                    yield from self._paragraph(paragraph, where, problems, labelled)
+    def _squad(
+        self, where: str, key: str, problems: Problems, labelled: bool
+    ) -> Iterator[Question]:
+        value = load_whole(where, "json")
+        articles = value.get(key) if isinstance(value, dict) else value
+        if not isinstance(articles, list):
+            raise DataError(
+                f"{where}: {kind_of_value(value)} without a list {key!r}, which SQuAD's JSON has "
+                "as 'data'; give FILE@KEY for another, or --task.file-format jsonl for a question "
+                "in each line"
+            )
+        for number, article in enumerate(articles, 1):
+            paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
+            for place, paragraph in enumerate(paragraphs or [article], 1):
+                here = f"{where}: article {number}, paragraph {place}"
+                yield from self._paragraph(paragraph, here, problems, labelled)
 
     def _paragraph(
         self, paragraph: Any, where: str, problems: Problems, labelled: bool
@@ -111,28 +112,36 @@ class Questions:
             problems.read += 1
             here = f"{where}, question {number}"
             if isinstance(one, dict):
-                here = f"{where}, question {one.get('id', number)}"
-                one = one | {"context": paragraph.get("context")}
+                here = f"{where}, question {one.get('id', one.get('qid', number))}"
+                one = one | {name: paragraph[name] for name in ("context",) if name in paragraph}
             try:
                 yield self._example(one, here, problems, labelled)
             except Flaw as flaw:
                 problems.bad(flaw.kind, here, str(flaw))
 
     def _flat(self, path: str, problems: Problems, labelled: bool) -> Iterator[Question]:
-        def make(record: Record) -> Question:
-            return self._example(record.value, record.where, problems, labelled)
-
-        return read_examples(self.config, (path,), problems, make)
+        for where, value in read_records(self.config, (path,), problems):
+            if isinstance(value, dict) and ("qas" in value or [*value] == ["header"]):
+                problems.read -= 1  # its questions count
+                if "qas" in value:
+                    yield from self._paragraph(value, where, problems, labelled)
+                continue
+            try:
+                yield self._example(value, where, problems, labelled)
+            except Flaw as flaw:
+                problems.bad(flaw.kind, where, str(flaw))
 
     def _example(self, value: Any, where: str, problems: Problems, labelled: bool) -> Question:
         if not isinstance(value, dict):
             raise Flaw("no question", f"{kind_of_value(value)}, not an object")
         texts = {}
         for name in ("context", "question"):
-            if not isinstance(value.get(name), str):
-                raise Flaw("no text", f"{name!r} is {kind_of_value(value.get(name))}")
+            if name not in value:
+                raise Flaw("no text", f"there is no {name!r} but {', '.join(map(repr, value))}")
+            if not isinstance(value[name], str):
+                raise Flaw("no text", f"{name!r} is {kind_of_value(value[name])}")
             texts[name] = sound(value[name], name)
-        name = str(value.get("id", where))
+        name = str(value.get("id", value.get("qid", where)))
         unknown = Question(where, name, texts["question"], texts["context"], None, ())
         try:
             return self._answered(value, unknown, problems, labelled)
@@ -145,7 +154,7 @@ class Questions:
         self, value: dict, unknown: Question, problems: Problems, labelled: bool
     ) -> Question:
         """A question with its answers."""
-        answers, where = value.get("answers"), unknown.where
+        answers, where = value.get("detected_answers", value.get("answers")), unknown.where
         if answers is None:
             if labelled:
                 raise Flaw("no label", "there are no 'answers'")
@@ -185,6 +194,9 @@ class Questions:
         if not isinstance(answer, dict):
             raise Flaw("no label", f"an answer is {kind_of_value(answer)}, not an object")
         text, start = answer.get("text"), answer.get("answer_start")
+        spans = answer.get("char_spans")  # of MRQA: first and last characters
+        if start is None and spans and isinstance(spans, list) and isinstance(spans[0], list):
+            start = next(iter(spans[0]), None)
         if not isinstance(text, str):
             raise Flaw("no label", f"the text of an answer is {kind_of_value(text)}")
         if not isinstance(start, int) or isinstance(start, bool):

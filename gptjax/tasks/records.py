@@ -27,6 +27,7 @@ from gptjax.tasks.problems import Problems
 from gptjax.tasks.tags import plain_tag
 
 NUMBER = re.compile(r"-?[1-9]\d*")  # of a column
+MARKUP = (".sgm", ".sgml", ".tmx", ".xlf", ".xml")
 
 
 class Record(NamedTuple):
@@ -123,6 +124,7 @@ def find_files(
         instead = "say what it is with --task.file-format" if config.file_format == "auto" else None
         sources = expand(path, label, DataConfig())
         below = os.path.isdir(path) and any("/" in source.name for source in sources)
+        below = below or (len(paths) > 1 and all(map(os.path.isdir, paths)))
         for source in sources:
             refuse_unreadable(source, label, instead)
             yield source, _format(config, source, below), key
@@ -130,7 +132,7 @@ def find_files(
 
 def _format(config: TaskConfig, source: Source, below: bool) -> str:
     """Args:
-    below: whether there are folders below the given one.
+    below: whether there are folders below the given one, or several are given.
     """
     if config.file_format != "auto":
         return config.file_format
@@ -252,7 +254,19 @@ def _lines(file: BinaryIO, where: str, problems: Problems) -> Iterator[tuple[int
 
 def _tell_not_utf8(error: UnicodeDecodeError, where: str, problems: Problems) -> None:
     why = f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8; perhaps "
-    problems.bad("not UTF-8", where, why + "`iconv -f LATIN1 -t UTF-8` makes it so")
+    why += f"`iconv -f {_perhaps(error.object)} -t UTF-8` makes it so"
+    problems.bad("not UTF-8", where, why)
+
+
+def _perhaps(content: bytes) -> str:
+    """An encoding that bytes may be in, as iconv calls it."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        return "UTF-16"
+    try:  # pairs of bytes that are both beyond ASCII, as single accents are not
+        content.decode("gb2312")
+    except UnicodeDecodeError:
+        return "CP1252"
+    return "GB18030"
 
 
 def _jsonl(where: str, problems: Problems) -> Iterator[Record]:
@@ -268,6 +282,7 @@ def _jsonl(where: str, problems: Problems) -> Iterator[Record]:
                 problems.bad("not JSON", f"{where}:{number}", why)
 
 
+_QUOTED = re.compile(r'"[^"]+"')
 MOST_UNCLOSED = 100  # quotes of a table that are not closed
 
 
@@ -313,7 +328,7 @@ def _table(where: str, tabs: bool, config: TaskConfig, problems: Problems) -> It
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with open_bytes(where) as file:
         lines = _TextLines(file, where, problems)
-        rows, names, unclosed = csv.reader(lines, **form), None, 0
+        rows, names, width, unclosed = csv.reader(lines, **form), None, 0, 0
         while True:
             first = lines.begin()
             try:
@@ -337,8 +352,14 @@ def _table(where: str, tabs: bool, config: TaskConfig, problems: Problems) -> It
                 continue
             if not row or lines.broken:
                 continue
-            if names is None and _has_header(config):
+            width, before = width or len(row), width
+            if not before and _has_header(config):
                 names = row
+                if tabs and config.delimiter is None and all(map(_QUOTED.fullmatch, names)):
+                    raise DataError(
+                        f"{where}:{first}: the names of columns are in quotes, which are text in "
+                        "TSV: give --task.delimiter $'\\t', with which cells may have quotes"
+                    )
                 twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
                 if twice:
                     raise DataError(
@@ -347,12 +368,12 @@ def _table(where: str, tabs: bool, config: TaskConfig, problems: Problems) -> It
                     )
                 continue
             problems.read += 1
-            if names is None:
-                yield Record(f"{where}:{first}", row)
-            elif len(row) == len(names):
-                yield Record(f"{where}:{first}", dict(zip(names, row, strict=True)))
+            if len(row) == width:
+                value = row if names is None else dict(zip(names, row, strict=True))
+                yield Record(f"{where}:{first}", value)
             else:
-                why = f"{len(row):,} columns, but the header names {len(names):,}"
+                why = f"{len(row):,} columns, but the "
+                why += f"first line has {width:,}" if names is None else f"header names {width:,}"
                 problems.bad("wrong number of columns", f"{where}:{first}", why)
 
 
@@ -424,13 +445,14 @@ def _is_comment(
     line: str, columns: list[str], width: int, config: TaskConfig, inside: bool
 ) -> bool:
     """Whether a line with `#` at its beginning is one, and no word. As many columns as words have
-    are by chance before a sentence, after `# `, if the last of them cannot be a tag.
+    are by chance before a sentence, after `# ` or `## `, if the last of them cannot be a tag, as
+    one with a blank in it.
     """
     if len(columns) != width:
         return True
-    if inside or width == 1 or not line.startswith(("# ", "#\t")):
+    if inside or width == 1 or not re.match(r"##?[ \t]", line):
         return False
-    return plain_tag(columns[-1], config.scheme) is None
+    return " " in columns[-1].strip() or plain_tag(columns[-1], config.scheme) is None
 
 
 def _parallel(
@@ -450,12 +472,29 @@ def _parallel(
             f"{problems.split}: {len(files)} files, but parallel text comes in pairs: give the "
             "file of the given texts, then that of what is to be written, and so on"
         )
-    for (one, *_), (other, *_) in zip(files[::2], files[1::2], strict=True):
+    sources = [source for source, *_ in files]
+    pairs = list(zip(sources[::2], sources[1::2], strict=True))
+    bare = [[one.name.removesuffix(packing_of(one.name)) for one in pair] for pair in pairs]
+    endings = [[Path(name).suffix for name in names] for names in bare]
+    for pair, found in zip(pairs, endings, strict=True):
+        for one, ending in zip(pair, found, strict=True):
+            if ending in MARKUP:
+                raise DataError(
+                    f"{problems.split}: {one.where}: markup, whose lines are not sentences: take "
+                    "these out of it, one a line"
+                )
+        if found != endings[0]:
+            raise DataError(
+                f"{problems.split}: {pair[0].where} would belong to {pair[1].where}, but "
+                f"{pairs[0][0].where} to {pairs[0][1].where}: give the two files of each pair, the "
+                "given texts first, as in --task.train a.de a.en b.de b.en"
+            )
+    for one, other in pairs:
         with open_bytes(one.where) as left, open_bytes(other.where) as right:
-            pairs = itertools.zip_longest(
+            both = itertools.zip_longest(
                 _lines(left, one.where, problems), _lines(right, other.where, problems)
             )
-            for source, target in pairs:
+            for source, target in both:
                 if source is None or target is None:
                     number, shorter = (source or target)[0], one if source is None else other
                     raise DataError(
@@ -465,6 +504,9 @@ def _parallel(
                 if source[1] is not None and target[1] is not None:
                     problems.read += 1
                     value = {"source": source[1], "target": target[1]}
+                    if re.fullmatch(r"\s*<[^<>]+>.*", source[1] or target[1]):
+                        why = f"{source[1][:80]!r}; take such lines out of both files"
+                        problems.note("perhaps markup", f"{one.where}:{source[0]}", why, "kept")
                     yield Record(f"{one.where}:{source[0]}", value)
 
 
@@ -484,7 +526,7 @@ def _text_of_folder(source: Source, below: bool, problems: Problems) -> Iterator
     """
     problems.read += 1
     if below and "/" not in source.name:
-        why = "lies beside the folders that are labels: give these folders alone"
+        why = "lies beside the folders that are labels: give each of these, and not what is above"
         problems.bad("no label", source.where, why)
         return
     with open_bytes(source.where) as file:
