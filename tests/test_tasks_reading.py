@@ -862,6 +862,11 @@ def test_parallel_files_that_do_not_belong_together(tmp_path):
         read(config, tmp_path)
     examples, _, _ = read(config, *[tmp_path / f"x.{ending}" for ending in ("de", "en")] * 2)
     assert len(examples) == 2
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        for ending in ("de", "en"):
+            (tmp_path / folder / f"x.{ending}").write_text("a\n")
+    assert len(read(config, tmp_path / "one", tmp_path / "other")[0]) == 2
     for ending in ("sgm", "de"):
         (tmp_path / f"y.{ending}").write_text('<doc id="1">\n')
     with pytest.raises(DataError, match=r"y\.sgm: markup, whose lines are not sentences"):

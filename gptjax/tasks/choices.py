@@ -9,11 +9,12 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from gptjax.config import TaskConfig
+from gptjax.tasks.cells import Flaw, Record, cell, kind_of_value, sound, text_in
 from gptjax.tasks.metrics import class_figures
 from gptjax.tasks.pairs import check_template, encode_request, named_texts
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled, last_line
-from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound, text_in
+from gptjax.tasks.records import read_examples
 from gptjax.tasks.task import Encoded, Prediction, Request, space_between, tell_too_long
 from gptjax.tokenizer import Tokenizer
 

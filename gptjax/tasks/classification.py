@@ -13,18 +13,12 @@ import numpy as np
 
 from gptjax.config import TaskConfig, did_you_mean
 from gptjax.data import WORD_BITS
+from gptjax.tasks.cells import Flaw, Record, cell, kind_of_value, text_in
+from gptjax.tasks.formats import by_number
 from gptjax.tasks.metrics import class_figures, label_set_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled, last_line
-from gptjax.tasks.records import (
-    Flaw,
-    Record,
-    by_number,
-    cell,
-    kind_of_value,
-    read_examples,
-    text_in,
-)
+from gptjax.tasks.records import read_examples
 from gptjax.tasks.task import (
     Encoded,
     Prediction,

@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from gptjax.config import TaskConfig
+from gptjax.tasks.cells import Flaw, Record, cell, kind_of_value, sound
 from gptjax.tasks.metrics import text_figures
 from gptjax.tasks.problems import Problems
-from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound
+from gptjax.tasks.records import read_examples
 from gptjax.tasks.task import (
     Encoded,
     Prediction,

@@ -12,10 +12,11 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from gptjax.config import TaskConfig, did_you_mean
+from gptjax.tasks.cells import Flaw, Record, cell, kind_of_value, sound
 from gptjax.tasks.metrics import entity_counts, entity_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
-from gptjax.tasks.records import Flaw, Record, cell, kind_of_value, read_examples, sound
+from gptjax.tasks.records import read_examples
 from gptjax.tasks.tags import (
     Entity,
     Scheme,

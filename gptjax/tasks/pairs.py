@@ -8,10 +8,11 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from gptjax.config import ConfigError, TaskConfig
+from gptjax.tasks.cells import Flaw, Record, text_in
 from gptjax.tasks.metrics import text_figures
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
-from gptjax.tasks.records import Flaw, Record, read_examples, text_in
+from gptjax.tasks.records import read_examples
 from gptjax.tasks.task import (
     Encoded,
     Prediction,

@@ -8,17 +8,12 @@ import numpy as np
 
 from gptjax.config import TaskConfig
 from gptjax.sources import DataError
+from gptjax.tasks.cells import Flaw, kind_of_value, sound
+from gptjax.tasks.formats import load_whole
 from gptjax.tasks.metrics import answer_figures, answer_scores
 from gptjax.tasks.problems import Problems
 from gptjax.tasks.prompts import filled
-from gptjax.tasks.records import (
-    Flaw,
-    find_files,
-    kind_of_value,
-    load_whole,
-    read_records,
-    sound,
-)
+from gptjax.tasks.records import find_files, read_records
 from gptjax.tasks.task import (
     Encoded,
     Prediction,
