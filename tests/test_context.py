@@ -236,13 +236,14 @@ def test_a_mesh_that_splits_rows_generates_the_tokens_of_one_device():
 @pytest.mark.slow
 def test_processes_that_each_have_a_part_of_every_row(tmp_path):
     folder = make_folder(tmp_path)
-    finish(start(folder, "whole", "--steps", "20"))
+    steps = ["--steps", "20", "--save-every", "20"]
+    finish(start(folder, "whole", *steps))
     whole = figures(folder, "whole")
     ring, axes = ["--mesh.context", "4"], ["--mesh.context", "2", "--mesh.fsdp", "2"]
     several = [*axes, "--mesh.tensor", "2", "--model.split-residual"]
     for count, options in ((2, ring), (4, several)):
         run = f"by-{count}"
-        in_processes(folder, run, count, "--steps", "20", *options, devices=2)
+        in_processes(folder, run, count, *steps, *options, devices=2)
         split = figures(folder, run)
         assert whole.keys() == split.keys()
         for step, figure in whole.items():
