@@ -39,7 +39,7 @@ from gptjax.integrity import (
     refuse_not_finite,
 )
 from gptjax.rundir import CheckpointError
-from gptjax.steps import ABANDONED, QUARANTINE, Steps, num_bytes
+from gptjax.steps import ABANDONED, QUARANTINE, Steps, num_bytes, remove_path
 
 ITEMS = ("params", "opt_state", "scalars")  # of a step; each can be restored without the others
 ROOM = 1.2  # free space that a save must find, in sizes of the last one
@@ -228,7 +228,7 @@ class Checkpoints:
         if not dry_run:
             self._steps.clear()
             for path in self._steps.leftovers():
-                shutil.rmtree(path)
+                remove_path(path)
             for step in old:
                 self._steps.remove(step)
         return leftovers + sizes

@@ -102,6 +102,9 @@ def _figures(prefix: str, total: np.ndarray) -> dict[str, float]:
     }
 
 
+_losses = jax.jit(token_losses, static_argnames="config")  # compiled once for all calls
+
+
 def document_losses(
     params: Params,
     batch: Batch,
@@ -120,13 +123,12 @@ def document_losses(
     Returns:
       for each passage the sum of its tokens' losses in nats, and how many count.
     """
-    losses = jax.jit(functools.partial(token_losses, config=model))
     B = len(batch.tokens_BT)
     size, parts = min(rows_at_once, B), []
     for first in range(0, B, size):
         start = min(first, B - size)  # the last part begins earlier: one size is compiled
         part = Batch(*(x[start : start + size] for x in batch))
-        parts.append(np.asarray(losses(params, part))[first - start :])
+        parts.append(np.asarray(_losses(params, part, config=model))[first - start :])
     losses_BT = np.concatenate(parts)
     sums, before, column = [], None, 0
     for passage in passages:

@@ -78,6 +78,14 @@ def remove_file(folder: Folder, name: str) -> None:
         ts.KvStore.open(spec_of(folder)).result().write(name, None).result()
 
 
+def list_folders(folder: Folder, below: str) -> list[str]:
+    """The folders with files that lie in a folder's folder."""
+    files = ts.KvStore.open(spec_of(folder)).result()
+    places = ts.KvStore.KeyRange(f"{below}/", f"{below}0")  # 0 follows the slash
+    names = (key.decode().split("/") for key in files.list(places).result())
+    return list(dict.fromkeys(name[1] for name in names if len(name) > 2))
+
+
 def remove_files(folder: Folder, first: str, past: str) -> None:
     """Delete the files of a folder whose names lie between two in the order of their letters."""
     places = ts.KvStore.KeyRange(first, past)

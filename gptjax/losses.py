@@ -142,6 +142,7 @@ def _pieces(x_BTD: jax.Array, *others_BT: jax.Array, config: GPTConfig) -> tuple
     bytes_at_once = B * config.sizes["V"] * 4 // max(mesh.size, 1)
     size = min(config.loss_piece or max(LOGITS_BYTES // max(bytes_at_once, 1), 1), T)
     apart = parts("T", T, between=config.split_residual)
+    size = max(size, apart)  # a piece has something of each part
     pieces = next(n for n in range(-(-T // size), T + 1) if T % (n * apart) == 0)
     return tuple(_cut(x, apart, pieces) for x in (x_BTD, *others_BT))
 

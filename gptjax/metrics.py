@@ -210,15 +210,17 @@ class Log:
         """Log more of the last step, which may be one that was not logged."""
         if not self._enabled:
             return
-        lines, before = _lines(self._path), {}
-        newest = json.loads(lines[-1]) if lines else {"step": 0}
-        assert newest["step"] <= step, f"step {step} is not the last, that is {newest['step']}"
-        if newest["step"] == step:
-            before = json.loads(lines.pop())
-        _replace(self._path, [*lines, _line(step, before | values)])
-        self._file.close()
-        self._file = self._path.open("ab", buffering=0)
-        self._add_events(step, values)
+        logged = _logged(self._path)
+        newest = logged[-1]["step"] if logged else 0
+        assert newest <= step, f"step {step} is not the last, that is {newest}"
+        before = logged.pop() if newest == step and logged else {}
+        try:
+            _replace(self._path, [*map(json.dumps, logged), _line(step, before | values)])
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
+            self._add_events(step, values)
+        except OSError as error:
+            self._warn(f"more of step {step} is not logged: {error.strerror or error}")
         self._show(step, values)
 
     def _append(self, line: str) -> None:
@@ -280,11 +282,10 @@ class Log:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, with NaN for null; a last one that is not whole is left out."""
-    lines = [json.loads(line) for line in _lines(run_dir / "metrics.jsonl")]
+    """The lines of `metrics.jsonl`, with NaN for null; those that are not whole are left out."""
     return [
         {name: math.nan if value is None else value for name, value in line.items()}
-        for line in lines
+        for line in _logged(run_dir / "metrics.jsonl")
     ]
 
 
@@ -292,11 +293,18 @@ def _text(values: dict[str, float]) -> str:
     return "  ".join(text.format(values[name]) for name, text in SHOWN.items() if name in values)
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines that were written to their end."""
+def _logged(path: Path) -> list[dict[str, Any]]:
+    """The lines that were written to their end. A machine that lost its power may have left others
+    between them.
+    """
     if not path.exists():
         return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+    logged = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        with suppress(ValueError):
+            one = json.loads(line)
+            logged += [one] if isinstance(one, dict) and isinstance(one.get("step"), int) else []
+    return logged
 
 
 def _line(step: int, values: dict[str, Any]) -> str:
@@ -310,7 +318,7 @@ def _line(step: int, values: dict[str, Any]) -> str:
 
 def _forget(path: Path, first_step: int) -> None:
     """Remove the lines of this step and later ones, and what a kill left of one."""
-    _replace(path, [line for line in _lines(path) if json.loads(line)["step"] < first_step])
+    _replace(path, [json.dumps(one) for one in _logged(path) if one["step"] < first_step])
 
 
 def _replace(path: Path, lines: list[str]) -> None:

@@ -232,7 +232,7 @@ class _Asker(NamedTuple):
         texts = [(before[one.prompt], ids) for one, ids in zip(each, targets, strict=True)]
         # The last id of a continuation is not read.
         longest = max(len(ids) + len(more) - 1 for ids, more in texts)
-        if not self.holds(example, longest, at_once=longest_target):
+        if not self.holds(example, longest, at_once=longest):
             return None
         return _Question(
             texts=texts,

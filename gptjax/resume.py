@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, MixtureConfig, from_json, to_json, weight_at
-from gptjax.data import Rows
+from gptjax.data import Rows, batch_number
 from gptjax.events import Events
 from gptjax.exclusions import Rollback, join_ranges
 from gptjax.optim import learning_rate
@@ -285,16 +285,18 @@ def changes_of(
         for name in old
         if old[name] != new[name] and name not in APART
     ]
+    went_back = [(one.first, one.last) for one in rollbacks]
+    passed = join_ranges([*before.data.skip, *went_back])
+    batches = batch_number(step - 1, passed) + 1 if step else 0  # behind it, read or not
     if before.data.skip != config.data.skip:
         skips = before.data.skip, config.data.skip
-        went_back = [(one.first, one.last) for one in rollbacks]
         met = [_passed_over(join_ranges([*skip, *went_back]), step) for skip in skips]
         behind = f"data.skip up to step {step:,}, which is saved,"
         same = met[0] == met[1]
         changes.append(
             Change("data.skip", *skips, "free") if same else Change(behind, *met, "fatal")
         )
-    return changes + list(_mixture_changes(before.data.mixture, config.data.mixture, step))
+    return changes + list(_mixture_changes(before.data.mixture, config.data.mixture, batches))
 
 
 def _fields(value: Any, section: str = "") -> Iterator[tuple[str, Any]]:
@@ -329,10 +331,10 @@ def _passed_over(skip: tuple[tuple[int, int], ...], step: int) -> tuple[tuple[in
 
 
 def _mixture_changes(
-    before: Sequence[MixtureConfig], now: Sequence[MixtureConfig], step: int
+    before: Sequence[MixtureConfig], now: Sequence[MixtureConfig], batches: int
 ) -> Iterator[Change]:
     """The changes of a mixture. Weights may change from here on, and stores be added at its end
-    that had none so far: then the rows up to here are those that were read.
+    that had none so far: then the rows of so many batches are those that were read.
     """
     names = [[one.name for one in stores] for stores in (before, now)]
     if names[0] != names[1][: len(names[0])] or (names[1] and not names[0]):
@@ -340,10 +342,10 @@ def _mixture_changes(
         return
     added = now[len(before) :]
     if added:
-        met = any(any(_weights_up_to(step, one, one)[0]) for one in added)
+        met = any(any(_weights_up_to(batches, one, one)[0]) for one in added)
         yield Change("data.mixture", *map(tuple, names), "fatal" if met else "config")
     for old, new in zip(before, now, strict=False):
-        weights = _weights_up_to(step, old, new)
+        weights = _weights_up_to(batches, old, new)
         for name, value in _fields(old):
             if value != (other := getattr(new, name)):
                 kind = "free" if name == "max_epochs" else "data"
@@ -352,10 +354,10 @@ def _mixture_changes(
                 yield Change(f"data.mixture.{old.name}.{name}", value, other, kind)
 
 
-def _weights_up_to(step: int, *stores: MixtureConfig) -> list[list[float]]:
-    """The weights of each up to a step, at every step where one of them changes."""
-    steps = {1, *(first for one in stores for first, _ in one.weights)}
-    met = sorted(one for one in steps if one <= step)
+def _weights_up_to(batches: int, *stores: MixtureConfig) -> list[list[float]]:
+    """The weights of each in so many batches, at every one where one of them changes."""
+    firsts = {1, *(first for one in stores for first, _ in one.weights)}
+    met = sorted(one for one in firsts if one <= batches)
     return [[weight_at(store, one) for one in met] for store in stores]
 
 

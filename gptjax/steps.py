@@ -60,7 +60,7 @@ class Steps:
         sync(self.folder)
         at("renamed")
         if replaced:
-            _remove(replaced)
+            remove_path(replaced)
         return manifest
 
     def remove_old(self, keep: Collection[int], keep_last: int, keep_every: int | None) -> None:
@@ -78,9 +78,9 @@ class Steps:
         """Remove a step; at no time is there a part of it that looks like one."""
         folder = _rename(self / step, "deleting")
         first, *_ = sorted(folder.iterdir())
-        _remove(first)
+        remove_path(first)
         at("deleting")
-        _remove(folder)
+        remove_path(folder)
 
     def set_aside(self, step: int, name: str) -> Path:
         """Move a step to a folder of those that do not count."""
@@ -102,7 +102,7 @@ class Steps:
             if ending == "replaced" and not (self.folder / name).exists():
                 path.rename(self.folder / name)
             else:
-                _remove(path)
+                remove_path(path)
 
     def unfinished(self) -> list[Path]:
         """What a save or a removal left, or has not finished yet."""
@@ -124,7 +124,8 @@ def num_bytes(path: Path) -> int:
     return sum(each.lstat().st_size for each in paths if each.is_symlink() or each.is_file())
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Remove a folder, a file or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

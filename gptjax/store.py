@@ -31,6 +31,7 @@ from gptjax.files import (
     Folder,
     building,
     join,
+    list_folders,
     read_file,
     remove,
     remove_file,
@@ -336,8 +337,11 @@ def _columns(manifest: Manifest) -> tuple[tuple[int, ...], ...]:
     return manifest.shard_documents, manifest.shard_tokens, manifest.shard_bytes
 
 
+DIGITS = 5  # of a shard's number, or more where there are so many
+
+
 def _shard_name(number: int) -> str:
-    return f"shards/{number:05}"
+    return f"shards/{number:0{DIGITS}}"
 
 
 def _open_array(folder: Folder, context: ts.Context, shard: str, name: str) -> ts.Future:
@@ -543,7 +547,11 @@ def read_shard_info(folder: Folder, number: int) -> ShardInfo | None:
 
 def remove_shards(folder: Folder, first: int) -> None:
     """Delete the shards of a store from this one on."""
-    remove_files(folder, _shard_name(first), "shards0")  # 0 follows the slash
+    if first < 10**DIGITS:  # then all that follow by their letters do; this finds locks too
+        remove_files(folder, _shard_name(first), "shards0")  # 0 follows the slash
+    for name in list_folders(folder, "shards"):
+        if name.isdecimal() and int(name) >= first:
+            remove_files(folder, f"shards/{name}/", f"shards/{name}0")
 
 
 def write_manifest(

@@ -114,7 +114,8 @@ class Watchdog:
         for thread in self._threads:
             thread.join(timeout=LINGER_SECONDS)  # it may wait for a store that does not answer
         if self._failed:
-            self._take_leave()
+            with suppress(jax.errors.JaxRuntimeError):  # the error of this process stays its own
+                self._take_leave()
         if self._store and self._me == 0 and isinstance(error, Interrupted):
             self._store.key_value_delete("gptjax/news/")  # a next run is not asked to stop
         self._open.close()
@@ -142,7 +143,8 @@ class Watchdog:
         where, who = f"in phase {self._phase!r} after {self._stop.count:,} steps and batches", ""
         process = self._me
         if self._store:
-            process, who = self._laggard()
+            with suppress(jax.errors.JaxRuntimeError):  # it may answer no more
+                process, who = self._laggard()
         fatal = Fatal(
             STUCK,
             process,
@@ -297,7 +299,9 @@ class Watchdog:
         with suppress(jax.errors.JaxRuntimeError):
             self._store.key_value_set("gptjax/news/fatal", json.dumps(fatal))
             return fatal
-        return Fatal(*self._get("news/").get("fatal", fatal))
+        with suppress(jax.errors.JaxRuntimeError):
+            return Fatal(*self._get("news/").get("fatal", fatal))
+        return fatal
 
     def _beats(self) -> dict[int, list]:
         return {int(process): beat for process, beat in self._get("beat/").items()}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.attention import Mask, attend, choose
-from gptjax.attention.kernels import splash
+from gptjax.attention.kernels import cudnn, splash
 from gptjax.config import ConfigError
 
 
@@ -113,3 +113,11 @@ def test_auto_takes_the_fastest_that_is_possible_and_says_why(
 def test_a_named_one_that_cannot_run_is_an_error_that_names_those_that_can(name):
     with pytest.raises(ConfigError, match=rf"{name}.*needs.*xla, blockwise"):
         choose(name, "cpu", dtype="float32", context_size=128, head_size=64)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=16), Mask(window=16, causal=False)])
+def test_masks_are_some_that_the_kernel_of_nvidia_has(mask):
+    """Without a GPU JAX refuses only the device, after it has looked at the mask."""
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), "bfloat16")
+    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+        jax.eval_shape(lambda x: cudnn(x, x, x, mask), x)

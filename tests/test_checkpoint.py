@@ -408,12 +408,13 @@ def test_prune_removes_leftovers_and_old_steps_but_never_the_newest_that_is_whol
     flip(folder / "15/_CHECKPOINT_METADATA", 3)
     for name in ("quarantine/3", "abandoned/7", "20.saving", "8.deleting"):
         shutil.copytree(folder / "5", folder / name)
+    (folder / "quarantine" / "a file").write_text("x" * 6000)
     checkpoints, before = Checkpoints(tmp_path), names(tmp_path)
     told = checkpoints.prune(keep_last=1, dry_run=True)
     assert names(tmp_path) == before
     assert checkpoints.prune(keep_last=1) == told
     assert {str(path.relative_to(folder)) for path, _ in told} == {
-        "quarantine/3", "abandoned/7", "20.saving", "8.deleting", "5",
+        "quarantine/3", "quarantine/a file", "abandoned/7", "20.saving", "8.deleting", "5",
     }  # fmt: skip
     assert all(size > 5000 for _, size in told)
     assert checkpoints.candidates() == [10, 15]

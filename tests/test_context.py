@@ -163,6 +163,7 @@ def cases(*values):
         (MODERN, GATHERED, {"context": 4}),
         (MODERN, RING, {"fsdp": 2, "tensor": 2, "context": 2}),
         (MODERN, GATHERED | SPLIT | {"loss_piece": 8}, {"tensor": 2, "context": 2}),
+        (PLAIN, {"loss_piece": 1}, {"context": 2}),  # less than one of each part
         (PLAIN, RING, {"data": 2, "context": 4}),
         (PLAIN, GATHERED, {"fsdp": 2, "tensor": 2, "context": 2}),
         (PLAIN, SPLIT | {"remat": "none"}, {"fsdp": 2, "tensor": 2}),

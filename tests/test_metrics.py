@@ -1,6 +1,7 @@
 """Laws of metrics.py: the log is exact, strict and resumable; FLOPs are those that are computed."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -85,6 +86,30 @@ def test_on_a_full_disk_lines_are_lost_and_nothing_else(tmp_path, capsys, tensor
     steps = [strict(line)["step"] for line in lines(tmp_path)]
     assert steps[0] == 1 and steps[-1] == 50 and len(steps) < 10
     assert capsys.readouterr().err.count("warning    step ") == 1
+
+
+def test_a_line_that_is_none_costs_itself(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = ['{"step": 1, "train/loss": 0.1}', '{"step": 3, "train/loss": null}']
+    path.write_bytes(f"{good[0]}\n\0\0\0\n[1]\n{good[1]}\n".encode() + b'{"step"')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]
+    with Log(tmp_path, first_step=4, last_step=4) as log:
+        log.write(4, {"train/loss": 1.0})
+    assert path.read_text().splitlines()[:2] == good and len(read_metrics(tmp_path)) == 3
+
+
+def test_more_of_a_step_that_the_disk_does_not_take_ends_nothing(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Log(tmp_path, first_step=1, last_step=2) as log:
+        log.write(1, {"train/loss": 1.0})
+        with monkeypatch.context() as patched:
+            patched.setattr("gptjax.metrics._replace", full)
+            log.amend(1, {"eval/loss": 0.5})
+        log.write(2, {"train/loss": 0.5})
+    assert "more of step 1 is not logged: No space left" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_more_is_logged_of_the_last_step(tmp_path):

@@ -24,6 +24,7 @@ from gptjax.config import (
     MeshConfig,
     TuneConfig,
     load_experiment,
+    violations,
 )
 from gptjax.metrics import flops_per_token
 from gptjax.plan import plan
@@ -43,6 +44,7 @@ from gptjax.plan.search import (
     parse_budget,
     remedies,
     search,
+    try_all,
     within,
 )
 from gptjax.plan.topologies import (
@@ -354,6 +356,14 @@ def test_mesh_that_does_not_divide():
 # --- search --------------------------------------------------------------------------------------
 
 
+def test_every_layout_that_is_tried_can_run():
+    mesh = MeshConfig(pipe=2, microbatches=4)
+    config = Config(data=TEXT, model=GPT3["small"], batch_size=64, mesh=mesh)
+    topology = parse_topology("h100:4")
+    tried = [one.config for one in try_all(config, topology)]
+    assert tried and not any(any(violations(one, topology.num_devices)) for one in tried)
+
+
 def test_search_is_no_slower_than_layouts_written_by_hand():
     topology = parse_topology("h100:4")
     model = replace(GPT3["medium"], window=None, window_every=1)
@@ -413,7 +423,8 @@ def test_budget():
     _, money = within(found, parse_budget("1000", 2.0, topology))
     hours = 1000 / 2 / 8
     assert money == pytest.approx(hours * 3600 / found.time.least * found.step_tokens, rel=1e-3)
-    for text, price, name in [("ten", None, "h100:8"), ("5", None, "h100:8"), ("5MWh", 1, "v5e:8")]:
+    wrong = [("ten", None, "h100:8"), ("5", None, "h100:8"), ("5MWh", 1, "v5e:8")]
+    for text, price, name in [*wrong, ("1.5.2days", None, "h100:8"), (".", 1, "h100:8")]:
         with pytest.raises(ConfigError, match="budget"):
             parse_budget(text, price, parse_topology(name))
 

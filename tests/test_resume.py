@@ -23,6 +23,7 @@ from gptjax.config import (
     TaskConfig,
 )
 from gptjax.events import read_events
+from gptjax.exclusions import Rollback
 from gptjax.faults import arm
 from gptjax.metrics import read_metrics
 from gptjax.resume import (
@@ -144,6 +145,19 @@ A, B, C = (MixtureConfig(name=name, path=(f"{name}.txt",)) for name in "abc")
 def test_a_mixture_may_change_from_here_on(mixture, kinds_then):
     before = Config(data=DataConfig(mixture=(A, B)))
     assert kinds(with_part(before, "data", mixture=mixture), before) == kinds_then
+
+
+@pytest.mark.parametrize("by", ["skip", "rollback"])
+def test_a_mixture_may_not_change_in_batches_behind_the_run(by):
+    """Ten steps after five batches that were passed over are behind fifteen."""
+    skip = ((3, 7),) if by == "skip" else ()
+    went_back = () if skip else (Rollback(first=3, last=7, step=7, to_step=2),)
+    before = Config(data=DataConfig(mixture=(A, B), skip=skip))
+    for first, kind in ((11, "fatal"), (15, "fatal"), (16, "config")):
+        mixture = (A, replace(B, weights=((first, 9.0),)))
+        config = with_part(before, "data", mixture=mixture)
+        (change,) = changes_of(before, config, 10, went_back)
+        assert change.kind == kind, first
 
 
 def test_one_message_lists_all_and_what_each_needs(tmp_path):

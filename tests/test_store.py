@@ -17,6 +17,7 @@ from gptjax.store import (
     build_store,
     open_store,
     read_shard_info,
+    remove_shards,
     write_manifest,
 )
 from gptjax.tokenizer import ByteTokenizer
@@ -323,3 +324,13 @@ def test_windows_are_read_quickly(tmp_path):
         speeds.append(20 * 256 / (time.perf_counter() - start))
     print(f"{max(speeds):,.0f} windows a second")
     assert max(speeds) > 10_000  # half of what is asked, for machines that are busy
+
+
+def test_shards_are_removed_by_their_numbers(tmp_path):
+    for number in (5, 10_000, 99_999, 100_000, 100_001, 100_002):
+        write_json(tmp_path, f"shards/{number:05}/shard.json", {})
+    remove_shards(tmp_path, 100_001)
+    left = {int(path.parent.name) for path in tmp_path.rglob("shard.json")}
+    assert left == {5, 10_000, 99_999, 100_000}
+    remove_shards(tmp_path, 20_000)
+    assert {path.parent.name for path in tmp_path.rglob("shard.json")} == {"00005", "10000"}

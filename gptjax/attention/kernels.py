@@ -31,12 +31,13 @@ def splash_obstacle(platform: str, context_size: int, head_size: int) -> str:
 
 def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> jax.Array:
     """NVIDIA's fused kernel: no scores in memory. Causality and window are its own; segments reach
-    it as a mask [B, 1, T, S], and so does everything where queries are a part of the row.
+    it as a mask [B, 1, T, S], and so does everything where queries are a part of the row, and a
+    window to both sides, which the kernel has not.
     """
     attend = functools.partial(
         jax.nn.dot_product_attention, q_BTNH, k_BSKH, v_BSKH, implementation="cudnn"
     )
-    if mask.offset is not None:
+    if mask.offset is not None or (mask.window is not None and not mask.causal):
         visible = mask.visible(slice(0, q_BTNH.shape[1]), slice(0, k_BSKH.shape[1]))
         return attend(mask=None if visible is None else visible[:, None])
     segments = None
@@ -44,7 +45,7 @@ def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -
         segments = (mask.segments_BT[:, :, None] == mask.segments_BT[:, None, :])[:, None]
     window = None
     if mask.window is not None:
-        window = (mask.window - 1, 0 if mask.causal else mask.window - 1)
+        window = (mask.window - 1, 0)
     return attend(mask=segments, is_causal=mask.causal, local_window_size=window)
 
 

@@ -131,7 +131,8 @@ class MixtureConfig:
     valid_path: tuple[str, ...] = ()  # as DataConfig.valid_path
     holdout: Share = 0.1  # as DataConfig.holdout
     weight: NotNegative = 1.0  # rows are shared out in proportion
-    # (step, weight) pairs, steps ascending: from that step on the weight is this one
+    # (step, weight) pairs, steps ascending: from that step on the weight is this one. Batches that
+    # are passed over count, so that it comes as many steps earlier
     weights: tuple[tuple[Count, NotNegative], ...] = ()
     max_epochs: Count | None = None  # refuse a run that reads the store more often
 

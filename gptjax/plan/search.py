@@ -125,6 +125,8 @@ def try_all(config: Config, topology: Topology) -> Iterator[Layout]:
         )
         for model, number in itertools.product(_models(config.model, topology, split), parts):
             one = replace(laid, model=model, accumulate=number)
+            if violations(one, topology.num_devices):
+                continue
             time = step_time(one, axes, grid, topology, peak)
             yield Layout(one, memory(one, axes), time)
 
@@ -329,7 +331,7 @@ def parse_budget(text: str, price: float | None, topology: Topology) -> Budget:
     Raises:
       ConfigError: if it is none, or what it is counted in is not known.
     """
-    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(days|MWh)?", text)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*(days|MWh)?", text)
     if not match or not float(match[1]):
         raise ConfigError(
             f"budget {text!r}: give an amount of money, or days or megawatt-hours, as in 50000, "
