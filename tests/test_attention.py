@@ -115,9 +115,22 @@ def test_a_named_one_that_cannot_run_is_an_error_that_names_those_that_can(name)
         choose(name, "cpu", dtype="float32", context_size=128, head_size=64)
 
 
-@pytest.mark.parametrize("mask", [Mask(), Mask(window=16), Mask(window=16, causal=False)])
-def test_masks_are_some_that_the_kernel_of_nvidia_has(mask):
-    """Without a GPU JAX refuses only the device, after it has looked at the mask."""
-    x = jax.ShapeDtypeStruct((1, 64, 2, 64), "bfloat16")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_for_the_kernel_of_nvidia_say_the_same(causal, window, packed, monkeypatch):
+    """What it is asked for, computed by JAX's own attention; that it can be asked for it JAX checks
+    before it looks for a GPU.
+    """
+    mask = Mask(window=window, causal=causal, segments_BT=segments(24) if packed else None)
+    bare = jax.ShapeDtypeStruct((2, 24, 4, 64), "bfloat16")
     with pytest.raises(RuntimeError, match="cuDNN is not detected"):
-        jax.eval_shape(lambda x: cudnn(x, x, x, mask), x)
+        jax.eval_shape(lambda x: cudnn(x, x, x, mask), bare)
+    q, k, v, _ = inputs(24)
+    expected = attend(q, k, v, mask, implementation="xla")
+    asked = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        "jax.nn.dot_product_attention",
+        lambda *arrays, implementation, **how: asked(*arrays, implementation="xla", **how),
+    )
+    np.testing.assert_allclose(cudnn(q, k, v, mask), expected, atol=1e-5)
