@@ -43,6 +43,7 @@ from gptjax.files import (
 from gptjax.sources import DataError, Fingerprint
 from gptjax.tokenizer import Tokenizer
 
+DIGITS = 5  # of a shard's number, or more where there are so many
 FORMAT = 2  # of a store; raised when what lies on disk changes its meaning
 FILE_SIZE = 1 << 24  # numbers in a file
 CHUNK_SIZE = 1 << 13  # numbers with a checksum of their own: the least that is read at once
@@ -335,9 +336,6 @@ def open_store(folder: Folder, tokenizer: Tokenizer) -> Store:
 
 def _columns(manifest: Manifest) -> tuple[tuple[int, ...], ...]:
     return manifest.shard_documents, manifest.shard_tokens, manifest.shard_bytes
-
-
-DIGITS = 5  # of a shard's number, or more where there are so many
 
 
 def _shard_name(number: int) -> str:

@@ -969,7 +969,7 @@ def test_a_config_of_a_task():
         (TaskConfig(kind="pairs", file_format="folders"), "give task.kind classify"),
         (TaskConfig(kind="classify", label_columns=("a",)), "give task.several True"),
         (
-            TaskConfig(kind="classify", several=True, label_columns=("a",), labels=("a",)),
+            TaskConfig(kind="classify", several=True, label_columns=("a",), labels=("b",)),
             "task.label_columns and task.labels",
         ),
         (TaskConfig(kind="classify", text_column="1", label_column="1"), "are both '1'"),

@@ -387,8 +387,9 @@ def _task_texts(config: Config, _: int | None) -> Iterator[str]:
             f"task.label_columns = {reprlib.repr(task.label_columns)}, of which any number may "
             "say 1, but task.several is False: give task.several True"
         )
-    for name in ("label_column", "labels"):
-        if task.label_columns and (given := getattr(task, name)):
+    # A run's own config has the labels too, which are those columns.
+    for name, own in (("label_column", None), ("labels", task.label_columns)):
+        if task.label_columns and (given := getattr(task, name)) and given != own:
             yield (
                 f"task.label_columns and task.{name} = {reprlib.repr(given)} exclude each other: "
                 "labels are called as their columns; give one of the two"

@@ -20,8 +20,8 @@ from gptjax.tasks.problems import Problems
 from gptjax.tasks.tags import plain_tag
 
 MOST_UNCLOSED = 100  # quotes of a table that are not closed
-MARKUP = (".sgm", ".sgml", ".tmx", ".xlf", ".xml")
-_QUOTED = re.compile(r'"[^"]+"')
+MARKUP = (".sgm", ".sgml", ".tmx", ".xlf", ".xml")  # endings of what is no text in lines
+_QUOTED = re.compile(r'"[^"]+"')  # a name of a column that is in quotes
 
 
 def _lines(file: BinaryIO, where: str, problems: Problems) -> Iterator[tuple[int, str | None]]:
